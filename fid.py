@@ -1,0 +1,1275 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "scipy", "tyro"]
+# ///
+"""Fréchet Inception Distance, Inception Score, intra-FID and SIFID.
+
+A library for the training scripts and a command for folders of images:
+
+    python fid.py REAL GENERATED                     # FID of two folders or .npz moments
+    python fid.py REAL GENERATED --isc --intra       # and Inception Score, and FID per class folder
+    python fid.py REAL --save real.npz               # keep the moments of REAL
+    python fid.py photo.png samples/ --sifid         # one real image against generated ones
+
+Protocol, the same everywhere (it is pytorch-fid's): Inception-v3 of the 2015 TensorFlow graph, RGB
+images as uint8, bilinear to 299x299 without antialias, 2x - 1, the 2048 features of the last
+average pool, covariance over N - 1, all sums in float64. Logits for the Inception Score are without
+bias. Every result says how many images it comes from and the SHA-256 of the weights.
+
+Papers: FID arXiv:1706.08500, Inception Score arXiv:1606.03498, SIFID arXiv:1905.01164.
+"""
+
+# --------------------------------------------------------------------------------------------------
+# 1. Imports
+# --------------------------------------------------------------------------------------------------
+import functools
+import hashlib
+import http.client
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import scipy.linalg
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils import fuse_conv_bn_eval
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import Inception_V3_Weights
+
+# The file name ends in the first 8 digits of its SHA-256, torch.hub's rule.
+FID_WEIGHTS_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
+SIFID_WEIGHTS_URL = Inception_V3_Weights.IMAGENET1K_V1.url
+RANDOM_LABEL = "random features, comparable with nothing"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+T = TypeVar("T")
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Arguments
+# --------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    real: tyro.conf.Positional[Path]
+    """folder of real images, or their moments (.npz); with --sifid one image file"""
+    generated: tyro.conf.Positional[Path | None] = None
+    """folder of generated images, or their moments (.npz); with --sifid also one image file;
+    left out, --isc and --save work on REAL and there is no distance"""
+    isc: bool = False
+    """also the Inception Score of GENERATED"""
+    intra: bool = False
+    """also the FID of each class: both folders hold one sub-folder per class, of equal names"""
+    sifid: bool = False
+    """single-image FID of REAL against each image of GENERATED, in place of FID"""
+    sifid_dims: Literal[64, 192] = 64
+    """features of SIFID: 64 before the first max pool (SinGAN's code), 192 before the second (its
+    text)"""
+    save: Path | None = None
+    """write the moments of GENERATED (of REAL where GENERATED is left out) to this new .npz"""
+    splits: int = 10
+    """parts the images are shuffled into for the Inception Score"""
+    weights: str = "auto"
+    """Inception weights: auto (find or download), a path, or random (smoke tests only)"""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    batch_size: int = 50
+    """images per pass through the network; changes the speed, not the result"""
+    dtype: Literal["float32", "float64"] = "float32"
+    """precision of the network; moments are always float64"""
+    num_workers: int = 4
+    """processes that decode images"""
+    json: bool = False
+    """print one JSON object in place of text"""
+
+
+def check_args(args: Args) -> None:
+    """Raise UserError for what can be known to be wrong before anything is read or built."""
+    for flag, low in (("batch_size", 1), ("splits", 1), ("num_workers", 0)):
+        value = getattr(args, flag)
+        if value < low:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least {low}, got {value}")
+    given = [path for path in (args.real, args.generated) if path is not None]
+    for path in given:
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+    if len(given) == 1 and (args.sifid or args.intra or not (args.isc or args.save)):
+        raise UserError("GENERATED is missing; one path alone goes with --isc or --save FILE")
+    if args.sifid and (args.isc or args.intra or args.save):
+        raise UserError("--sifid compares single images: not together with --isc, --intra, --save")
+    if args.sifid and not args.real.is_file():
+        raise UserError(f"--sifid compares with one real image, {args.real} is a folder")
+    for flag, paths in (("intra", given), ("isc", given[-1:])):
+        for path in paths:
+            if getattr(args, flag) and path.is_file():
+                raise UserError(f"--{flag} needs a folder of images, {path} is a file")
+    if args.save:
+        if args.save.suffix != ".npz":
+            raise UserError(f"--save must name a .npz file, got {args.save}")
+        if args.save.exists():
+            raise UserError(f"--save {args.save} exists: remove it or choose another name")
+        if not args.save.parent.is_dir():
+            raise UserError(f"--save {args.save}: the folder {args.save.parent} does not exist")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Messages, processes, files
+# --------------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """A mistake its user can mend: one line `error: ...` on stderr, exit code 2."""
+
+
+def note(text: str) -> None:
+    """Print one line on stderr, in process 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Print one line on stdout, in process 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Print `WARNING: text` on stderr, the same text once in a run."""
+    note(f"WARNING: {text}")
+
+
+class Progress:
+    """Lines such as `real images: 1200/50000 (2 %), 151 images/s, 0:05:23 left` on stderr.
+
+    Process 0 prints, nothing in the first 3 seconds, then at most every 5 seconds: plain lines that
+    read well in the log file of a cluster. `with Progress(...) as progress:` closes it.
+    """
+
+    def __init__(self, total: int, label: str, unit: str = "images") -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.start = 0, time.monotonic()
+        self.next = self.start + 3
+        self.printed = False
+
+    def update(self, count: int) -> None:
+        """Add `count` finished units (not beyond the total) and print if it is time to."""
+        self.done = min(self.done + count, self.total)
+        if time.monotonic() >= self.next:
+            self._print("left")
+            self.next = time.monotonic() + 5
+
+    def close(self) -> None:
+        """Print a last line with the time taken, if any line was printed before."""
+        if self.printed:
+            self._print("in all")
+
+    def _print(self, word: str) -> None:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        rate = self.done / seconds
+        if word == "left":
+            seconds = (self.total - self.done) / max(rate, 1e-9)
+        percent = 100 * self.done // max(self.total, 1)
+        speed = f"{rate:.3g} {self.unit}/s, {timedelta(seconds=round(seconds))} {word}"
+        note(f"{self.label}: {self.done}/{self.total} ({percent} %), {speed}")
+        self.printed = True
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number of processes) of torch.distributed, (0, 1) where it is not in use."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` in process 0 only; every process gets its result, or its UserError.
+
+    Keeps processes in step where only one may look at the disk: all take the same decision.
+    """
+    rank, world = processes()
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    if world > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def sum_processes(*tensors: Tensor) -> None:
+    """Sum tensors over all processes, in place, whichever device the backend needs."""
+    if processes()[1] > 1:
+        for tensor in tensors:
+            buffer = tensor.cuda() if "nccl" in dist.get_backend() else tensor.cpu()
+            dist.all_reduce(buffer)
+            tensor.copy_(buffer)
+
+
+def shares(num: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """This process's batches of 0..num-1 as (first, count): batch b is process b % world's."""
+    rank, world = processes()
+    for first in range(rank * batch_size, num, world * batch_size):
+        yield first, min(batch_size, num - first)
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, renamed over it once it is complete and on the disk.
+
+    Whoever reads `path` finds the old file or the new one, never a part. On any failure the
+    temporary file goes and the old file stays. Give writers an open file
+    (`with atomic(p) as tmp, open(tmp, "wb") as f: torch.save(x, f)`): from a path, torch.save says
+    not why it failed, and others append suffixes.
+
+    Raises: UserError where the system refuses to write (no space, no permission, quota).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except (OSError, RuntimeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__  # torch.save raises a RuntimeError on top of the OSError
+        if cause is None:
+            raise
+        raise UserError(f"cannot write {path}: {cause.strerror or cause}") from error
+    finally:
+        with suppress(OSError):  # it may never have come to be
+            temporary.unlink()
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Networks
+# --------------------------------------------------------------------------------------------------
+class ConvBN(nn.Module):
+    """Convolution without bias, batch norm, ReLU. Padding keeps the size unless the stride is 2."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: str, same: bool = True) -> None:
+        super().__init__()
+        kernel, _, stride = kernel.partition("/")
+        h, w = map(int, kernel.split("x"))
+        padding = (h // 2, w // 2) if same and not stride else 0
+        self.conv = nn.Conv2d(c_in, c_out, (h, w), int(stride or 1), padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=0.001)
+
+    def forward(self, x: Tensor, relu: bool = True) -> Tensor:
+        x = self.bn(self.conv(x))
+        return F.relu(x, inplace=True) if relu else x
+
+    def fold(self) -> None:
+        """Make one convolution of convolution and batch norm; in eval mode."""
+        self.conv, self.bn = fuse_conv_bn_eval(self.conv, self.bn), nn.Identity()
+
+
+# A Mixed block is branches side by side (|); a branch is layers in a row (>): a pool, or a
+# convolution `name channels kernel`, `/2` with stride 2; two with & read the same input.
+_A = (
+    "1x1 64 1x1 | 5x5_1 48 1x1 > 5x5_2 64 5x5 | "
+    "3x3dbl_1 64 1x1 > 3x3dbl_2 96 3x3 > 3x3dbl_3 96 3x3 | average > _pool {0} 1x1"
+)
+_B = "3x3 384 3x3/2 | 3x3dbl_1 64 1x1 > 3x3dbl_2 96 3x3 > 3x3dbl_3 96 3x3/2 | halve"
+_C = (
+    "1x1 192 1x1 | 7x7_1 {0} 1x1 > 7x7_2 {0} 1x7 > 7x7_3 192 7x1 | 7x7dbl_1 {0} 1x1 > "
+    "7x7dbl_2 {0} 7x1 > 7x7dbl_3 {0} 1x7 > 7x7dbl_4 {0} 7x1 > 7x7dbl_5 192 1x7 | "
+    "average > _pool 192 1x1"
+)
+_D = (
+    "3x3_1 192 1x1 > 3x3_2 320 3x3/2 | "
+    "7x7x3_1 192 1x1 > 7x7x3_2 192 1x7 > 7x7x3_3 192 7x1 > 7x7x3_4 192 3x3/2 | halve"
+)
+_E = (
+    "1x1 320 1x1 | 3x3_1 384 1x1 > 3x3_2a 384 1x3 & 3x3_2b 384 3x1 | "
+    "3x3dbl_1 448 1x1 > 3x3dbl_2 384 3x3 > 3x3dbl_3a 384 1x3 & 3x3dbl_3b 384 3x1 | "
+    "{0} > _pool 192 1x1"
+)
+MIXED = {
+    "Mixed_5b": _A.format(32),  # 35 x 35
+    "Mixed_5c": _A.format(64),
+    "Mixed_5d": _A.format(64),
+    "Mixed_6a": _B,  # to 17 x 17
+    "Mixed_6b": _C.format(128),
+    "Mixed_6c": _C.format(160),
+    "Mixed_6d": _C.format(160),
+    "Mixed_6e": _C.format(192),
+    "Mixed_7a": _D,  # to 8 x 8
+    "Mixed_7b": _E.format("average"),
+    "Mixed_7c": _E.format("maximum"),  # the graph of 2015 has it; Inception elsewhere an average
+}
+POOLS = {
+    # TensorFlow's average leaves the padding out; torchvision's Inception counts it.
+    "average": nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+    "maximum": nn.MaxPool2d(3, stride=1, padding=1),
+    "halve": nn.MaxPool2d(3, stride=2),
+}
+
+
+class Mixed(nn.Module):
+    """One Inception block of `c_in` input channels, built from its line of MIXED."""
+
+    def __init__(self, c_in: int, spec: str) -> None:
+        super().__init__()
+        self.branches: list[list[list[str]]] = []  # names of layers, or of pools
+        self.c_out = 0
+        for branch in spec.split("|"):
+            c, self.branches = c_in, [*self.branches, []]
+            for step in branch.split(">"):
+                layers = [layer.split() for layer in step.split("&")]
+                self.branches[-1].append([layer[0] for layer in layers])
+                if layers[0][0] not in POOLS:
+                    for name, channels, kernel in layers:
+                        self.add_module("branch" + name, ConvBN(c, int(channels), kernel))
+                    c = sum(int(channels) for _, channels, _ in layers)
+            self.c_out += c
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for branch in self.branches:
+            y = x
+            if branch[0] == ["average"]:
+                # Commutes with the 1x1 convolution that follows: pool its fewer channels.
+                y = F.relu(POOLS["average"](self.branch_pool(x, relu=False)), inplace=True)
+                branch = []
+            for names in branch:
+                layers = [POOLS.get(name) or getattr(self, "branch" + name) for name in names]
+                y = layers[0](y) if len(layers) == 1 else torch.cat([f(y) for f in layers], 1)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
+
+
+class Stem(nn.Module):
+    """The layers of Inception-v3 before its Mixed blocks, the same in both weight files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, "3x3/2")
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, "3x3", same=False)
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, "3x3")
+        self.Conv2d_3b_1x1 = ConvBN(64, 80, "1x1")
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, "3x3", same=False)
+        self.label = ""
+        self.protocol: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.Conv2d_1a_3x3.conv.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.Conv2d_1a_3x3.conv.weight.dtype
+
+    def stem(self, x: Tensor, dims: int = 192) -> Tensor:
+        """(N, 3, H, W) in [-1, 1] to the 64 maps before the first max pool, or 192 before the 2nd.
+
+        The 64 maps are h = (H - 5) // 2 high, the 192 maps (h - 5) // 2, and so for the width.
+        """
+        x = x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        return x if dims == 64 else self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(POOLS["halve"](x)))
+
+
+class Inception(Stem):
+    """Inception-v3 of the 2015 TensorFlow graph, its state-dict keys those of FID_WEIGHTS_URL.
+
+    Made by load_inception, which folds its batch norms.
+    Attributes: label: "" or what to write beside every number; protocol: what makes numbers
+    comparable (weights, sha256, resize, dtype, layer).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = 192
+        for name, spec in MIXED.items():
+            block = Mixed(channels, spec)
+            self.add_module(name, block)
+            channels = block.c_out
+        self.fc = nn.Linear(channels, 1008)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits of images.
+
+        Args: images: (N, 1 or 3, H, W), uint8, or float in [0, 1] which is rounded to uint8.
+        Returns: features (N, 2048) and logits (N, 1008) without bias, in the network's dtype.
+        Raises: ValueError for another shape or range.
+        """
+        return self.embed(resize(images.to(self.device)))
+
+    @torch.no_grad()
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from `resize`d images (N, 3, 299, 299)."""
+        with full_precision(self.device):
+            x = POOLS["halve"](self.stem(x))
+            for name in MIXED:
+                x = getattr(self, name)(x)
+            features = x.mean((2, 3))
+            return features, features @ self.fc.weight.T
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32, no bfloat16, no autocast inside; the settings of before afterwards."""
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9
+        name, exact = "fp32_precision", "ieee"
+        holders = [backends.cudnn.conv, backends.cuda.matmul]
+        holders += [backends.mkldnn.conv, backends.mkldnn.matmul]
+    else:
+        name, exact = "allow_tf32", False
+        holders = [backends.cudnn, backends.cuda.matmul]
+    before = [getattr(holder, name) for holder in holders]
+    try:
+        for holder in holders:
+            setattr(holder, name, exact)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for holder, value in zip(holders, before):
+            setattr(holder, name, value)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) as uint8; floats in [0, 1] are rounded to the nearest of 256 levels.
+
+    What a PNG file would hold: scores of tensors and of their files are the same.
+    Raises: ValueError for another shape, type or range.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
+    low, high = images.aminmax()
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"expected uint8 or float in [0, 1], got min {low:.4g}, max {high:.4g}")
+    return images.float().mul(255).round().to(torch.uint8)
+
+
+def resize(images: Tensor) -> Tensor:
+    """Images for `to_uint8`, of any size, to float32 (N, 3, 299, 299) in [-1, 1], no antialias.
+
+    Each image for itself, so that folders of mixed sizes and batches give the same.
+    """
+    x = F.interpolate(to_uint8(images).float() / 255, (299, 299), mode="bilinear")
+    return (2 * x - 1).expand(-1, 3, -1, -1)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Weights
+# --------------------------------------------------------------------------------------------------
+WAYS_OUT = (
+    "name a copy of the file (fid.py --weights PATH, a training script's --fid-weights PATH), or "
+    "use random weights (--weights random, --fid-weights random: a smoke test, not a measurement), "
+    "or train without evaluation (--eval-every 0)"
+)
+
+
+def load_inception(
+    weights: str = "auto", device: str | torch.device = "cpu", dtype: str = "float32"
+) -> Inception:
+    """The network of FID and Inception Score, ready: folded, channels-last, eval mode, no grad.
+
+    Args:
+        weights: "auto" (torch hub's cache, else download, SHA-256 checked), a path (used as it is),
+            or "random" (seeded, for smoke tests: see `label`).
+        device: where it runs.
+        dtype: "float32" or "float64", the precision of the network.
+    Raises: UserError where there are no weights to be had, or they are not this network's.
+    """
+    return _load(Inception, FID_WEIGHTS_URL, weights, device, dtype, "pool3, 2048")
+
+
+def load_sifid_trunk(
+    weights: str = "auto", device: str | torch.device = "cpu", dims: int = 64
+) -> Stem:
+    """The network of SIFID: the first layers of torchvision's ImageNet Inception-v3.
+
+    Args: weights, device: as in load_inception; dims: 64 or 192, see `sifid`.
+    Raises: UserError as load_inception.
+    """
+    trunk = _load(Stem, SIFID_WEIGHTS_URL, weights, device, "float32", f"stem, {dims}")
+    trunk.protocol["resize"] = "none"
+    return trunk
+
+
+def _load(kind: type, url: str, weights: str, device, dtype: str, layer: str):
+    with torch.device("meta"):  # the default initialisation would be thrown away
+        net = kind()
+    if weights == "random":
+        name = digest = "random"
+        state = _random_state(net)
+    else:
+        name, digest, state = _read_weights(url, weights)
+        _check_keys(net, state, name)
+    net.load_state_dict({key: state[key] for key in net.state_dict() if key in state}, assign=True)
+    net.eval().requires_grad_(False).to(device, getattr(torch, dtype))
+    for module in list(net.modules()):
+        if isinstance(module, ConvBN):
+            module.fold()
+    net.label = RANDOM_LABEL if weights == "random" else ""
+    net.protocol = {
+        "weights": name,
+        "sha256": digest,
+        "resize": "bilinear to 299x299, align_corners=False, no antialias, from uint8",
+        "dtype": dtype,
+        "layer": layer,
+    }
+    return net.to(memory_format=torch.channels_last)
+
+
+def _read_weights(url: str, weights: str) -> tuple[str, str, dict[str, Tensor]]:
+    """Find or download, hash and parse a weight file: (file name, SHA-256, state dict)."""
+    if weights == "auto":
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        expected = path.stem.rsplit("-", 1)[1]
+        on_main(lambda: _download(url, path, expected))
+        _download(url, path, expected)  # on the other machines of a cluster without a shared disk
+    else:
+        path, expected = Path(weights), ""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read Inception weights {path}: {error.strerror}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if not digest.startswith(expected):
+        raise UserError(
+            f"{path} is damaged: its SHA-256 begins {digest[:8]}, expected {expected}. Delete it "
+            f"to download it again from {url}, or {WAYS_OUT}"
+        )
+    if not expected:
+        note(f"Inception weights {path}, SHA-256 {digest}")
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # garbage makes torch.load raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a weight file torch.load can read: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} is not a state dict: it holds a {type(state).__name__}")
+    return path.name, digest, state
+
+
+def _download(url: str, path: Path, expected: str) -> None:
+    if path.exists():
+        return
+    note(f"downloading {url} to {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected, progress=False)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot download {url} to {path} (SHA-256 begins {expected}): {error}. Put the file "
+            f"there by hand, or {WAYS_OUT}"
+        ) from error
+
+
+def _check_keys(net: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """Raise UserError naming the first tensors that `net` lacks, has too many, or of other size."""
+    # Scalars are batch norm's counters, which old files lack.
+    wanted = {key: tuple(value.shape) for key, value in net.state_dict().items() if value.ndim}
+    found = {key: tuple(value.shape) for key, value in state.items() if value.ndim}
+    if not isinstance(net, Inception):  # the trunk of SIFID reads a part of its file
+        found = {key: shape for key, shape in found.items() if key in wanted}
+    shapes = [
+        f"{key} is {found[key]} in place of {wanted[key]}"
+        for key in wanted
+        if key in found and found[key] != wanted[key]
+    ]
+    groups = {
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [key for key in found if key not in wanted],
+        "wrong shape": shapes,
+    }
+    problems = [f"{what} {len(k)}: {', '.join(k[:3])}" for what, k in groups.items() if k]
+    if problems:
+        raise UserError(f"{name} is not Inception-v3 as expected: {'; '.join(problems)}")
+
+
+def _random_state(net: nn.Module) -> dict[str, Tensor]:
+    """Seeded weights under which activations neither vanish nor explode, and images stay apart."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for key, value in net.state_dict().items():
+        if value.ndim > 1:
+            weight = torch.rand(value.shape, generator=generator)
+            # Filters without mean ignore what all positive inputs share; else after 90 layers every
+            # image has the same features. A ReLU leaves 0.34 of a centred signal's variance.
+            weight -= weight.flatten(1).mean(1).view(-1, *[1] * (value.ndim - 1))
+            state[key] = weight.mul_((12 / 0.34 / weight[0].numel()) ** 0.5)
+        else:
+            ones = key.endswith(("bn.weight", "running_var"))
+            state[key] = torch.full(value.shape, float(ones), dtype=value.dtype)
+    return state
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Statistics
+# --------------------------------------------------------------------------------------------------
+# What a truncated or foreign zip archive makes numpy raise.
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError)
+
+
+class Moments:
+    """Mean and covariance of features, streamed: float64 count, sum and sum of outer products.
+
+    Args: dims: length of a feature vector; device: where the sums are kept.
+    Attributes: n: vectors so far (None in a file that does not say); mu (dims,) and sigma
+    (dims, dims), over n - 1, as float64 arrays; meta: what the file says beside them.
+    """
+
+    def __init__(self, dims: int = 2048, device: str | torch.device = "cpu") -> None:
+        self.n: int | None = 0
+        self.dims = dims
+        self.meta: dict[str, Any] = {}
+        self._total: Tensor | None = torch.zeros(dims, dtype=torch.float64, device=device)
+        self._outer: Tensor | None = torch.zeros(dims, dims, dtype=torch.float64, device=device)
+        self._stats: tuple[np.ndarray, np.ndarray] | None = None  # (mu, sigma), once known
+
+    def update(self, features: Tensor) -> None:
+        """Add features (N, dims)."""
+        total, outer = self._sums()
+        x = features.to(total.device).double()
+        outer.addmm_(x.T, x)
+        total += x.sum(0)
+        self.n, self._stats = self.n + len(x), None
+
+    def merge(self, other: "Moments") -> None:
+        """Add the vectors of `other`."""
+        for mine, its in zip(self._sums(), other._sums()):
+            mine += its.to(mine.device)
+        self.n, self._stats = self.n + other.n, None
+
+    def all_reduce(self) -> None:
+        """Add up the vectors of all processes, in all of them."""
+        n = torch.tensor([self.n])
+        sum_processes(n, *self._sums())
+        self.n, self._stats = int(n), None
+
+    @property
+    def mu(self) -> np.ndarray:
+        return self._finish()[0]
+
+    @property
+    def sigma(self) -> np.ndarray:
+        return self._finish()[1]
+
+    def save(self, path: str | Path, **meta: Any) -> None:
+        """Write mu and sigma, as pytorch-fid reads them, with n and `meta` (JSON) to an .npz.
+
+        Raises: UserError where it cannot be written.
+        """
+        extra: dict[str, Any] = {key: json.dumps(value) for key, value in meta.items()}
+        if self.n is not None:
+            extra["n"] = self.n
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, mu=self.mu, sigma=self.sigma, **extra)
+
+    @classmethod
+    def load(cls, path: str | Path, dims: int = 2048) -> "Moments":
+        """Read what `save` or pytorch-fid wrote; with a warning where the protocol is missing.
+
+        Raises: UserError for a file that does not hold the moments of `dims` features.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {key: file[key] for key in file.files}
+            mu, sigma = arrays.pop("mu"), arrays.pop("sigma")
+            n = int(arrays.pop("n")) if "n" in arrays else None
+            meta = {key: json.loads(str(v)) for key, v in arrays.items() if v.dtype.kind == "U"}
+        except KeyError as error:
+            raise UserError(f"{path} holds no moments: no array {error}") from error
+        except (OSError, ValueError, TypeError, AttributeError, EOFError, *_BAD_ZIP) as error:
+            raise UserError(f"{path} is not an .npz of moments: {error}") from error
+        if mu.shape != (dims,) or sigma.shape != (dims, dims):
+            raise UserError(
+                f"{path}: mu must be ({dims},) and sigma ({dims}, {dims}), "
+                f"got {mu.shape} and {sigma.shape}"
+            )
+        if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+            raise UserError(f"{path}: mu and sigma must be floats, got {mu.dtype}, {sigma.dtype}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise UserError(f"{path}: mu or sigma holds values that are not finite")
+        if "protocol" not in meta:
+            warn(f"{path}: statistics without protocol metadata; made by another tool?")
+        moments = cls(0)
+        moments.n, moments.dims, moments.meta = n, dims, meta
+        moments._stats = mu.astype(np.float64), sigma.astype(np.float64)
+        moments._total = moments._outer = None
+        return moments
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        if self._outer is None:  # loaded: rebuilt only where more is added
+            if self.n is None:
+                raise ValueError("moments of an unknown number of images cannot be added to")
+            mu, sigma = (torch.from_numpy(array) for array in self._stats)
+            self._total = mu * self.n
+            self._outer = torch.addr(sigma * (self.n - 1), mu, mu, alpha=self.n)
+        return self._total, self._outer
+
+    def _finish(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._stats is None:
+            if self.n < 2:
+                raise UserError(f"a covariance needs at least 2 images, got {self.n}")
+            mu = self._total / self.n
+            sigma = torch.addr(self._outer, mu, self._total, alpha=-1).div_(self.n - 1)
+            self._stats = mu.cpu().numpy(), sigma.cpu().numpy()
+        return self._stats
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Squared Fréchet distance of two Gaussians, |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)).
+
+    With A = L L^T, the eigenvalues of A B are those of the symmetric L^T B L, and the trace of the
+    root is the sum of their roots: real, and no matrix square root. L comes from a pivoted Cholesky
+    factorisation, which ends at the rank r of A: a covariance of fewer images than dimensions needs
+    no special case and costs less, as L is (dims, r).
+
+    Raises: UserError for features that are not finite; ValueError for different dims.
+    """
+    if a.dims != b.dims:
+        raise ValueError(f"moments of {a.dims} and of {b.dims} features cannot be compared")
+    if a.n is None or (b.n is not None and b.n < a.n):
+        a, b = b, a  # factor the one of lower rank
+    for moments in (a, b):
+        if not (np.isfinite(moments.mu).all() and np.isfinite(moments.sigma).all()):
+            raise UserError("the features are not finite: broken weights or images?")
+    packed, pivots, rank, _ = scipy.linalg.lapack.dpstrf(a.sigma, lower=1)
+    factor = np.zeros((a.dims, rank))
+    factor[pivots - 1] = np.tril(packed[:, :rank])
+    del packed
+    product = factor.T @ (b.sigma @ factor)
+    # Symmetric, so its transpose is itself, and in the layout LAPACK can overwrite.
+    roots = scipy.linalg.eigvalsh(product.T, overwrite_a=True) if rank else np.zeros(0)
+    trace = np.sqrt(np.maximum(roots, 0)).sum()  # rounding leaves tiny negatives
+    difference = a.mu - b.mu
+    distance = difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace
+    return max(float(distance), 0.0)
+
+
+class InceptionScore:
+    """exp of the mean divergence of p(y|x) from p(y), streamed; mean and deviation over splits.
+
+    Images are dealt to the splits by a seeded permutation of their indices: without it a generator
+    that is sampled class by class scores far too low. float64 throughout, on the CPU, where sums
+    are reproducible. Memory is that of `splits` distributions and one byte or two per image.
+
+    Args: num: images there will be; splits: parts; seed: of the permutation; classes: logits.
+    Raises: UserError where num < splits.
+    """
+
+    def __init__(self, num: int, splits: int = 10, seed: int = 0, classes: int = 1008) -> None:
+        if num < splits:
+            raise UserError(
+                f"Inception Score of {num} images cannot use {splits} splits: score more images "
+                "(--fid-num of a training script), or lower --splits"
+            )
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
+        self.num = num
+        self._split_of = (order * splits // num).to(torch.int16)
+        self._count = torch.zeros(splits, dtype=torch.float64)
+        self._sum_p = torch.zeros(splits, classes, dtype=torch.float64)
+        self._sum_plogp = torch.zeros(splits, dtype=torch.float64)
+
+    def update(self, logits: Tensor, indices: Tensor) -> None:
+        """Add the logits (N, classes), without bias, of the images of these indices (N,)."""
+        log_p = logits.cpu().double().log_softmax(1)
+        p = log_p.exp()
+        split = self._split_of[indices.cpu()].long()
+        self._count.index_add_(0, split, torch.ones(len(split), dtype=torch.float64))
+        self._sum_p.index_add_(0, split, p)
+        self._sum_plogp.index_add_(0, split, (p * log_p).sum(1))
+
+    def all_reduce(self) -> None:
+        """Add up the images of all processes, in all of them."""
+        sum_processes(self._count, self._sum_p, self._sum_plogp)
+
+    def result(self) -> tuple[float, float]:
+        """(mean, standard deviation over N, as is common) of the scores of the splits.
+
+        Raises: ValueError where not every image was added exactly once.
+        """
+        if self._count.sum() != self.num:
+            raise ValueError(f"{int(self._count.sum())} of {self.num} images were added")
+        p_y = self._sum_p / self._count[:, None]
+        entropies = torch.special.entr(p_y).sum(1)
+        scores = (self._sum_plogp / self._count + entropies).exp()
+        return scores.mean().item(), scores.std(correction=0).item()
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Scores
+# --------------------------------------------------------------------------------------------------
+def dataset_moments(
+    net: Inception,
+    images: Any,
+    batch_size: int,
+    cache: Path | None = None,
+    label: str = "real images",
+) -> Moments:
+    """Moments of an array of images, worked out by all processes together, the same in all.
+
+    Args:
+        images: uint8 (N, C, H, W): array, memory map, or tensor on any device.
+        cache: .npz to read where it was made from as many images of this size by the same
+            protocol, else to write.
+    Raises: UserError for fewer than 2 images, and where the cache cannot be read or written.
+    """
+    if len(images) < 2:
+        raise UserError(f"{label}: a covariance needs at least 2 images, got {len(images)}")
+    meta = {"protocol": net.protocol, "size": list(images.shape[1:])}
+
+    def read() -> Moments | None:
+        if cache is None or not cache.exists():
+            return None
+        found = Moments.load(cache)
+        return found if found.n == len(images) and found.meta == meta else None
+
+    cached = on_main(read)
+    if cached is not None:
+        return cached
+    moments = Moments(device=net.device)
+    with Progress(len(images), label) as progress:
+        for first, count in shares(len(images), batch_size):
+            batch = images[first : first + count]
+            # A copy, since a memory map is read-only; a batch is small.
+            moments.update(net(batch if isinstance(batch, Tensor) else torch.tensor(batch))[0])
+            progress.update(count * processes()[1])
+    moments.all_reduce()
+    moments.meta = meta
+    if cache is not None:
+        on_main(lambda: moments.save(cache, **meta))
+    return moments
+
+
+def score_generator(
+    net: Inception,
+    generate: Callable[[int, int], Tensor],
+    num: int,
+    batch_size: int,
+    real: Moments,
+    splits: int = 10,
+    seed: int = 0,
+) -> dict[str, float]:
+    """FID and Inception Score of `num` generated images, by all processes together.
+
+    Args:
+        generate: (first, count) -> uint8 (count, C, H, W), images first .. first + count - 1 of a
+            fixed sequence, so that the score does not depend on the number of processes.
+        real: what dataset_moments returned; seed: of the shuffle into splits.
+    Returns: fid, is_mean, is_std, n_fake, n_real, identical in all processes.
+    Raises: UserError for too few images or moments of another protocol.
+    """
+    check_protocols(real.meta, {"protocol": net.protocol})
+    fake = Moments(device=net.device)
+    score = InceptionScore(num, splits, seed)
+    with Progress(num, "generated images") as progress:
+        for first, count in shares(num, batch_size):
+            features, logits = net(generate(first, count))
+            if len(features) != count:
+                raise ValueError(f"generate returned {len(features)} images in place of {count}")
+            fake.update(features)
+            score.update(logits, torch.arange(first, first + count))
+            progress.update(count * processes()[1])
+    fake.all_reduce()
+    score.all_reduce()
+    if net.label:
+        warn(net.label)
+    warn_few(real, fake)
+    mean, std = score.result()
+    fid = frechet_distance(real, fake)
+    return {"fid": fid, "is_mean": mean, "is_std": std, "n_fake": num, "n_real": real.n}
+
+
+def warn_few(*all_moments: Moments) -> None:
+    """Warn of covariances without full rank."""
+    for n, dims in ((moments.n, moments.dims) for moments in all_moments):
+        if n is not None and n <= dims:
+            warn(
+                f"{n} images for {dims} feature dimensions: covariance is singular, FID is biased "
+                "upwards and comparable only at equal N"
+            )
+
+
+def check_protocols(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Raise UserError where two metadata name protocols whose numbers cannot be compared."""
+    if "protocol" not in a or "protocol" not in b:
+        return  # Moments.load has warned
+    for key in ("sha256", "resize", "dtype", "layer"):
+        values = [str(meta["protocol"].get(key)) for meta in (a, b)]
+        if values[0] != values[1]:
+            raise UserError(
+                f"moments of different protocols cannot be compared: {key} is {values[0]} and "
+                f"{values[1]}"
+            )
+
+
+def intra_fid(real: Mapping[str, Any], fake: Mapping[str, Any]) -> dict[str, Any]:
+    """FID of each class and its mean over classes (all classes weigh the same).
+
+    Args: real, fake: Moments of each class, or functions that return them, called when their class
+        comes: 34 MB of moments for each of many classes need not be held at a time.
+    Returns: mean, min, max, and per_class {name: {fid, n_real, n_fake}}.
+    Raises: UserError that lists the classes one side lacks.
+    """
+    for side, names in (("real", set(fake) - set(real)), ("generated", set(real) - set(fake))):
+        if names:
+            raise UserError(f"intra-FID: no {side} images of class {', '.join(sorted(names))}")
+    if not real:
+        raise UserError("intra-FID: there are no classes")
+    per_class = {}
+    for name in sorted(real):
+        a, b = (m if isinstance(m, Moments) else m() for m in (real[name], fake[name]))
+        warn_few(a, b)
+        per_class[name] = {"fid": frechet_distance(a, b), "n_real": a.n, "n_fake": b.n}
+    values = [entry["fid"] for entry in per_class.values()]
+    mean = float(np.mean(values))
+    return {"mean": mean, "min": min(values), "max": max(values), "per_class": per_class}
+
+
+def sifid(trunk: Stem, real: Tensor, fakes: Iterable[Tensor], dims: int = 64) -> dict[str, Any]:
+    """Fréchet distance of one real image from each generated one; a position is a sample.
+
+    As SinGAN measures it: torchvision's ImageNet weights, no resize, no pooling over positions.
+    They come from TensorFlow and expect 2x - 1, which is what they get; torchvision's
+    transform_input only leads back to it from images normalised by ImageNet's mean and deviation.
+    64 features are those of SinGAN's code, behind the published numbers; 192 those of its text.
+
+    Args: trunk: from load_sifid_trunk; real: (C, H, W) and fakes: images (C, H, W) of any size,
+        uint8 or float in [0, 1]; dims: 64 or 192.
+    Returns: mean, std (over N), values, and positions of the real image.
+    Raises: UserError for an image with fewer positions than dims + 1.
+    """
+
+    def moments(image: Tensor) -> Moments:
+        side = [(s - 5) // 2 for s in image.shape[1:]]
+        side = side if dims == 64 else [(s - 5) // 2 for s in side]
+        if min(side) < 1 or side[0] * side[1] <= dims:
+            raise UserError(
+                f"SIFID: an image of {image.shape[1]}x{image.shape[2]} has too few positions for "
+                f"{dims} features: use larger images" + " or --sifid-dims 64" * (dims > 64)
+            )
+        x = to_uint8(image[None].to(trunk.device)).float() / 127.5 - 1
+        with torch.no_grad(), full_precision(trunk.device):
+            maps = trunk.stem(x.expand(-1, 3, -1, -1), dims)[0]
+        found = Moments(dims)
+        found.update(maps.flatten(1).T)
+        return found
+
+    reference = moments(real)
+    values = [frechet_distance(reference, moments(fake)) for fake in fakes]
+    mean, std = float(np.mean(values)), float(np.std(values))
+    return {"mean": mean, "std": std, "values": values, "positions": reference.n}
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Folders
+# --------------------------------------------------------------------------------------------------
+def image_files(folder: str | Path) -> list[Path]:
+    """All image files under `folder`, recursive (links followed), sorted, suffix in any case.
+
+    Raises: UserError for a folder that is missing, is a file, or holds no images.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: a folder of images or an .npz of moments is expected")
+    walk = os.walk(folder, followlinks=True)
+    paths = [Path(root, name) for root, _, names in walk for name in names]
+    images = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        raise UserError(f"no images ({' '.join(IMAGE_SUFFIXES)}) under {folder}")
+    return images
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """An image file as an RGB image: grey and palette become RGB, alpha is dropped.
+
+    Pillow raises OSError, SyntaxError, ValueError and others for what it cannot decode.
+    """
+    with Image.open(path) as image:
+        if image.mode == "F":
+            raise ValueError("the range of floating-point pixels is unknown")
+        if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale, to 8
+            grey = np.rint(np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255))
+            image = Image.fromarray(grey.astype(np.uint8))
+        return image.convert("RGB")
+
+
+def read_image(path: str | Path) -> Tensor:
+    """An image file as uint8 (3, H, W); raises what `open_image` raises."""
+    return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1)
+
+
+class ImageFiles(Dataset):
+    """Decoded images, or the reason why one cannot be decoded."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return read_image(self.paths[index])
+        except Exception as error:  # decoders fail in many ways; all are listed together
+            return f"{self.paths[index]}: {error or type(error).__name__}"
+
+
+class Folder(Dataset):
+    """Every image under a folder, sorted; its first-level subfolders are the classes."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.files = image_files(root)
+        names = [file.relative_to(root) for file in self.files]
+        self.classes = sorted({name.parts[0] for name in names})
+        self.targets = [self.classes.index(name.parts[0]) for name in names]
+        self.key = [(str(name), file.stat().st_size) for name, file in zip(names, self.files)]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_image(self.files[index]), self.targets[index]
+
+
+def cache_images(
+    source: Dataset, path: Path, shape: tuple[int, int, int, int], crop: int, num_workers: int
+) -> None:
+    """Decode a data set once, into a uint8 array N x C x S x S: a .npy file to be memory-mapped.
+
+    Items of `source` are (PIL image, ...). Each image loses all but its central square, of side
+    `crop` (0: its shorter side), and is resized, antialiased. The file appears complete or not at
+    all. Raises: UserError for too little free disk, and one that lists all unreadable images.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free, size = shutil.disk_usage(path.parent).free, math.prod(shape)
+    if size > free:
+        has = f"{path.parent} has {free / 1e9:.2f} GB left"
+        raise UserError(f"{has}, the decoded images need {size / 1e9:.2f} GB")
+    say(f"decoding {shape[0]} images into {path} ({size / 1e6:.0f} MB), once")
+    work, broken = functools.partial(_squares, source, shape[1:], crop), []
+    loader = DataLoader(range(shape[0]), 64, num_workers=num_workers, collate_fn=work)
+    with atomic(path) as temporary, Progress(shape[0], "decoding") as progress:
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        for first, (images, errors) in zip(range(0, shape[0], 64), loader):
+            array[first : first + len(images)] = images
+            broken += errors
+            progress.update(len(images))
+        array.flush()
+        _stop_at_broken(broken)
+
+
+def _squares(
+    source: Dataset, shape: tuple[int, int, int], crop: int, indices: list[int]
+) -> tuple[np.ndarray, list[str]]:
+    """Central squares (N, C, S, S) of some images, and the errors of those that cannot be read."""
+    images, errors = np.zeros((len(indices), *shape), np.uint8), []
+    for row, index in zip(images, indices):
+        try:
+            image = source[index][0].convert({1: "L", 3: "RGB"}[shape[0]])
+        except Exception as error:  # decoders fail in many ways; all are listed together
+            name = getattr(source, "files", {index: f"image {index}"})[index]
+            errors.append(f"{name}: {error or type(error).__name__}")
+            continue
+        side = min(crop or math.inf, *image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize(shape[:0:-1], Image.Resampling.BILINEAR, box)
+        row[:] = np.asarray(image).reshape(*shape[1:], -1).transpose(2, 0, 1)
+    return images, errors
+
+
+def folder_moments(
+    net: Inception,
+    paths: list[Path],
+    args: Args,
+    label: str,
+    score: InceptionScore | None = None,
+    first: int = 0,
+) -> Moments:
+    """Moments of image files of any sizes; their logits go to `score`, from index `first` on.
+
+    Raises: UserError that lists every one of `paths` that cannot be read.
+    """
+    moments = Moments(device=net.device)
+    moments.meta = {"protocol": net.protocol}
+    loader = DataLoader(
+        ImageFiles(paths), args.batch_size, num_workers=args.num_workers, collate_fn=list
+    )
+    broken: list[str] = []
+    with Progress(len(paths), label) as progress:
+        for batch in loader:
+            broken += [item for item in batch if isinstance(item, str)]
+            if not broken:  # else go on only to find the others
+                # Resized one by one: sizes may differ, and the numbers are those of a batch.
+                resized = [resize(image[None].to(net.device)) for image in batch]
+                features, logits = net.embed(torch.cat(resized))
+                moments.update(features)
+                if score is not None:
+                    score.update(logits, torch.arange(first, first + len(batch)))
+            first += len(batch)
+            progress.update(len(batch))
+    _stop_at_broken(broken)
+    return moments
+
+
+def _stop_at_broken(items: list[Tensor | str]) -> None:
+    broken = [item for item in items if isinstance(item, str)]
+    if broken:
+        raise UserError(f"{len(broken)} images cannot be read:\n  " + "\n  ".join(broken))
+
+
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """Image files by class, the first sub-folder; UserError for images outside of any."""
+    classes: dict[str, list[Path]] = {}
+    for path in image_files(folder):
+        name, *inside = path.relative_to(folder).parts
+        if not inside:
+            raise UserError(f"--intra: {path} is in no class folder")
+        classes.setdefault(name, []).append(path)
+    return classes
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Main
+# --------------------------------------------------------------------------------------------------
+def pick_device(name: str) -> torch.device:
+    """The device a --device flag names; auto is CUDA where there is any, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} cannot be used: {reason}") from error
+
+
+def compare_images(args: Args) -> dict[str, Any]:
+    """--sifid: one real image against each generated one."""
+    paths = [args.generated] if args.generated.is_file() else image_files(args.generated)
+    images = [ImageFiles([path])[0] for path in (args.real, *paths)]
+    _stop_at_broken(images)
+    trunk = load_sifid_trunk(args.weights, pick_device(args.device), args.sifid_dims)
+    found = sifid(trunk, images[0], images[1:], args.sifid_dims)
+    each = {str(path): value for path, value in zip(paths, found["values"])}
+    result = {"sifid_mean": found["mean"], "sifid_std": found["std"], "sifid": each}
+    counts = {"n_real": 1, "n_generated": len(paths)}
+    return result | counts | {"protocol": trunk.protocol, "label": trunk.label}
+
+
+def compare_folders(args: Args) -> dict[str, Any]:
+    """FID, and with their flags Inception Score and intra-FID, of folders or stored moments."""
+    given = {"REAL": args.real} | ({"GENERATED": args.generated} if args.generated else {})
+    subject = list(given)[-1]
+    # Everything that can be wrong with the input comes before the network is loaded.
+    files = {side: image_files(path) for side, path in given.items() if path.suffix != ".npz"}
+    stored = {side: Moments.load(path) for side, path in given.items() if side not in files}
+    classes = {side: class_files(given[side]) for side in files if args.intra}
+    score = InceptionScore(len(files[subject]), args.splits) if args.isc else None
+    if any(path.suffix.lower() in (".jpg", ".jpeg") for path in files.get("GENERATED", ())):
+        warn("GENERATED holds .jpg files: compression alone moves FID; save samples as .png")
+    net = load_inception(args.weights, pick_device(args.device), args.dtype) if files else None
+    whole = {side: Moments(device=net.device) for side in files} | stored
+
+    def measure(side: str, paths: list[Path]) -> Moments:
+        total = whole[side]
+        scored = score if side == subject else None
+        moments = folder_moments(net, paths, args, side, scored, first=total.n)
+        total.merge(moments)
+        total.meta = moments.meta
+        return moments
+
+    result: dict[str, Any] = {}
+    if args.intra:
+        lazy = [
+            {name: functools.partial(measure, side, paths) for name, paths in groups.items()}
+            for side, groups in classes.items()
+        ]
+        intra = intra_fid(*lazy)
+        result = {f"intra_fid_{key}": intra[key] for key in ("mean", "min", "max")}
+        result["intra_fid"] = intra["per_class"]
+    else:
+        for side, paths in files.items():
+            measure(side, paths)
+    metas = [moments.meta for moments in whole.values()]
+    if len(given) == 2:
+        check_protocols(*metas)
+        warn_few(*whole.values())
+        result["fid"] = frechet_distance(whole["REAL"], whole["GENERATED"])
+    if score is not None:
+        result["isc_mean"], result["isc_std"] = score.result()
+    if args.save:
+        whole[subject].save(args.save, **whole[subject].meta)
+    result |= {f"n_{side.lower()}": whole[side].n for side in given}
+    protocol = next((meta["protocol"] for meta in metas if "protocol" in meta), {})
+    label = RANDOM_LABEL if protocol.get("weights") == "random" else ""
+    return result | {"protocol": protocol, "label": label}
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """One line for each number, with the label of random features."""
+    tail = f"  ({result['label']})" if result["label"] else ""
+    lines = []
+    for key, value in result.items():
+        if key == "intra_fid":
+            value = {f"{k} ({v['n_real']}, {v['n_fake']})": v["fid"] for k, v in value.items()}
+        if isinstance(value, float):
+            lines.append(f"{key}: {value:.6g}{tail}")
+        elif key in ("intra_fid", "sifid"):
+            lines += [f"{key} of {name}: {number:.6g}{tail}" for name, number in value.items()]
+        elif key != "label":
+            lines.append(f"{key}: {'unknown' if value in (None, {}) else value}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description="FID, Inception Score, intra-FID and SIFID of images.")
+    try:
+        check_args(args)
+        result = compare_images(args) if args.sifid else compare_folders(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(result) if args.json else as_text(result))
+
+
+if __name__ == "__main__":
+    main()
