@@ -1111,8 +1111,9 @@ def _squares(
             continue
         side = min(crop or math.inf, *image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-        image = image.resize(shape[:0:-1], Image.Resampling.BILINEAR, box)
+        # Not resize's own box: its filter would reach for pixels outside of it.
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize(shape[:0:-1], Image.Resampling.BILINEAR)
         row[:] = np.asarray(image).reshape(*shape[1:], -1).transpose(2, 0, 1)
     return images, errors
 

@@ -634,7 +634,7 @@ FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training al
 
 
 def setup(args: Args) -> torch.device:
-    """Choose this process's device, join the other processes, seed."""
+    """Choose this process's device and join the other processes."""
     cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     device = torch.device(name if args.device in ("auto", "cuda") else args.device)
@@ -649,7 +649,6 @@ def setup(args: Args) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not args.deterministic
-    torch.manual_seed(args.seed)
     return device
 
 
@@ -690,11 +689,11 @@ class Run:
         fp16 = self.dtype == torch.float16
         self.parts["scaler"] = self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.noise = torch.Generator(device)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
         self.open()
         self.seed()
         self.clock = time.perf_counter()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
 
     def open(self) -> None:
         """Make the run folder, or with --resume take up its checkpoint, and start the log."""
@@ -745,16 +744,17 @@ class Run:
     def update(self, loss: Tensor, net: str) -> Tensor:
         """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
         opt, parameters = self.parts[f"{net.lower()}_opt"], list(self.parts[net].parameters())
-        found = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
-        parameters = [p for p, grad in zip(parameters, found) if grad is not None]
-        grads = [grad for grad in found if grad is not None]
+        opt.zero_grad(set_to_none=True)
+        # Not autograd.grad: its gradients may lie in memory in another order than the parameters,
+        # and fused optimisers read raw memory. backward() keeps the parameters' order.
+        self.scaler.scale(loss).backward(inputs=parameters)
+        grads = [p.grad for p in parameters if p.grad is not None]
         if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
             shares = flat.div_(self.world).split([grad.numel() for grad in grads])
-            grads = [share.view_as(grad) for share, grad in zip(shares, grads)]
-        for parameter, grad in zip(parameters, grads):
-            parameter.grad = grad
+            for grad, share in zip(grads, shares):
+                grad.copy_(share.view_as(grad))
         self.scaler.unscale_(opt)
         norm = nn.utils.get_total_norm(grads)
         self.scaler.step(opt)
@@ -1009,6 +1009,7 @@ def train(args: Args) -> dict[str, float]:
     device = setup(args)
     inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
     images, labels, path = load_images(args)
+    torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
     g_opt, d_opt = make_optimizer(args, G, args.g_lr), make_optimizer(args, D, args.d_lr)
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)

@@ -1,0 +1,1165 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "scipy", "tyro>=0.9", "tensorboard"]
+# ///
+"""GCA: a graph convolution over self-attention, in DCGAN and SAGAN (Peng et al., ICANN 2021).
+
+"Leveraging GANs via Non-local Features": the pixels of the 8x8 feature map are the nodes of a
+graph, self-attention gives its edges, one graph convolution mixes the nodes, and the result is
+added to the map by a learned gain. Beside it the non-local (NL) block that it is compared with.
+
+    python gca_gan.py --dataset celeba --block gca               # Table 1, DCGAN + GCA
+    python gca_gan.py --dataset celeba --model sagan --block nl  # Table 1, SAGAN
+    python gca_gan.py --mode figures --runs runs/gca_gan__*      # Table 1, Figures 4 and 5
+
+Differences from the paper
+ 1. It prints a 1-channel W_j and, with it, sizes that do not multiply. Here W_j has as many outputs
+    as the map has pixels, which keeps every other printed size; it is the printed square when
+    C / k = H W, as in DCGAN of 512 channels at 8x8. `--gca-variant` has three other readings.
+ 2. "M = W_j x" is read as M = W_m x: four maps are named and only W_m is C x C.
+ 3. The block stands in both networks; `--block-in` puts it in one.
+ 4. Widths, losses, optimisers, batch and run length are not stated: DCGAN's and SAGAN's own, every
+    one a flag that works with either network. The crop of CelebA is its central 178x178.
+ 5. Initialisation is not stated: N(0, 0.02) in DCGAN, Xavier in SAGAN, Glorot for Theta, gain 0.
+ 6. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
+ 7. A is binarised only by `--gca-binarize`: the paper says that it may help some models.
+ 8. FID follows the standard protocol of fid.py, at the last step, never at the best one.
+
+Evidence: see README.md, "Results". Table 1 at its full length has not been run.
+"""
+
+# --------------------------------------------------------------------------------------------------
+# 1. Imports
+# --------------------------------------------------------------------------------------------------
+import functools
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+
+import fid
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Arguments
+# --------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # Run
+    mode: Literal["train", "evaluate", "sample", "figures"] = "train"
+    """train; or evaluate a checkpoint, sample from it, draw its figures"""
+    exp_name: str = ""
+    """name of the experiment, part of the run folder's; empty: the model's"""
+    seed: int = 1
+    """seed of the weights, of the noise and of the order of the data"""
+    deterministic: bool = False
+    """bit-reproducible kernels on CUDA, slower; the CPU is reproducible without"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one"""
+    out_dir: str = "runs"
+    """folder of the run folders"""
+    resume: bool = False
+    """go on from this run's checkpoint if there is one"""
+    checkpoint: str = ""
+    """checkpoint to evaluate, sample or draw; empty: checkpoint.pt of this run"""
+    dry_run: bool = False
+    """print the resolved flags and the parameter counts as JSON and exit"""
+    # Data
+    dataset: Literal["celeba", "lsun-church", "folder", "shapes"] = "celeba"
+    """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
+    data_dir: str = "data"
+    """folder of the data set and of the cache of its decoded images"""
+    download: bool = True
+    """fetch the data set if it is not in --data-dir"""
+    img_size: int = 0
+    """side of the square images in pixels; 0: the paper's for the data set"""
+    crop: int = 0
+    """side of the central square cut out first, in pixels; 0: the paper's, else the short side"""
+    hflip: bool = False
+    """mirror half of the training images, drawn anew each time"""
+    num_workers: int = 4
+    """processes that decode the images, once"""
+    # Model
+    z_dim: int = 0
+    """length of the noise vector; 0: the paper's for the model"""
+    g_ch: int = 64
+    """base width of the generator, in channels"""
+    d_ch: int = 64
+    """base width of the discriminator, in channels"""
+    # Optimisation
+    total_steps: int = 39_550  # 25 epochs of CelebA
+    """generator updates to train for"""
+    batch_size: int = 128
+    """images per update, shared out over the processes"""
+    n_critic: int = 1
+    """discriminator updates per generator update"""
+    g_lr: float = 2e-4
+    """learning rate of the generator"""
+    d_lr: float = 2e-4
+    """learning rate of the discriminator"""
+    beta1: float = 0.5
+    """Adam's decay rate of the gradient's mean"""
+    beta2: float = 0.999
+    """Adam's decay rate of the squared gradient's mean"""
+    # Speed
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    # Intervals, in steps; the last step counts as each of them
+    log_every: int = 100
+    """steps between lines of the log"""
+    sample_every: int = 1_000
+    """steps between sample grids; 0: none"""
+    eval_every: int = 10_000
+    """steps between evaluations; 0: none"""
+    save_every: int = 1_000
+    """steps between checkpoints"""
+    # Evaluation
+    fid_num: int = 50_000
+    """generated images of an evaluation"""
+    fid_real: int = 0
+    """real images of an evaluation, spread over the data set; 0: all"""
+    fid_batch_size: int = 100
+    """images per forward pass of an evaluation"""
+    fid_weights: str = "auto"
+    """Inception weights: auto (find or download), a path, or random (smoke tests only)"""
+    eval_seed: int = 0
+    """seed of the noise of grids, samples and evaluations"""
+    num_samples: int = 64
+    """images of a sample grid and of mode sample"""
+    # Paper
+    model: Literal["dcgan", "sagan"] = "dcgan"
+    """base network; it brings its own loss, steps, batch and Adam where no flag sets them"""
+    block: Literal["none", "nl", "gca"] = "gca"
+    """block at the 8x8 map: none, the non-local block, or GCA"""
+    block_in: Literal["both", "g", "d"] = "both"
+    """networks that have the block"""
+    gca_k: Literal[1, 2, 4, 8] = 8
+    """channel reduction k of the NL and GCA blocks"""
+    gca_variant: Literal["nodes", "bottleneck", "gram", "gcn"] = "nodes"
+    """reading of the paper's sizes: J from W_j x of N, or of C / k channels; J = U^T U of
+    U = W_j x; or a textbook graph convolution"""
+    gca_binarize: Literal["off", "ste", "hard"] = "off"
+    """edges 1 above the mean weight, else 0; ste: gradient as if they were not binarised"""
+    gca_y_transpose: bool = False
+    """Z = M Y^T, where a pixel takes its own node's row, in place of the printed Z = M Y"""
+    nl_variant: Literal["paper", "value", "pooled"] = "paper"
+    """NL block: values of C / k channels; of C and no W_v; of C / 2, keys and values pooled 2x2"""
+    loss: Literal["bce", "hinge", "wgan-gp"] = "bce"
+    """adversarial loss, with either network"""
+    lambda_gp: float = 10.0
+    """weight of the gradient penalty"""
+    squash: bool = False
+    """squeeze CelebA's whole images to squares, with no crop"""
+    heatmap_net: Literal["d", "g"] = "d"
+    """mode figures: heat maps of D on real images, or of G on its own"""
+    runs: tuple[str, ...] = ()
+    """mode figures: run folders to set side by side; none: the one run of these flags"""
+
+    def __post_init__(self) -> None:
+        self.exp_name = self.exp_name or f"{self.model}-{self.block}"
+        self.img_size = self.img_size or 64
+        self.z_dim = self.z_dim or {"dcgan": 100, "sagan": 128}[self.model]
+
+
+MODELS = {  # the flags that a --model stands for; those of the command line come after and win
+    "dcgan": "",
+    "sagan": "--loss hinge --total-steps 100000 --batch-size 64 --g-lr 1e-4 --d-lr 4e-4 "
+    "--beta1 0 --beta2 0.9",
+}
+POSITIVE = (
+    "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
+    "save_every", "fid_batch_size", "num_samples",
+)  # fmt: skip
+
+
+def require(rule: bool, flag: str, must: str, value: object) -> None:
+    """Raise a fid.UserError such as `--kernel-size must be odd, got 4` unless the rule holds."""
+    if not rule:
+        raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
+
+
+def check_common(args: Args) -> None:
+    """Refuse what no script can run (fid.UserError)."""
+    for flag, value in asdict(args).items():
+        if isinstance(value, (int, float)):
+            least = int(flag in POSITIVE)
+            require(least <= value < math.inf, flag, f"be at least {least}", value)
+    for flag in ("beta1", "beta2"):
+        require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
+    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    must = f"be a multiple of the {world} processes"
+    require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
+    training = args.mode == "train"
+    require(training or not args.resume, "resume", "go with --mode train", args.mode)
+    must = "stay empty with --mode train (--resume goes on with a run)"
+    require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
+    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
+    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
+    check_common(args)
+    require(args.img_size in (32, 64, 128), "img_size", "be 32, 64 or 128", args.img_size)
+    needs = (
+        (args.block == "gca", "--block gca", ("gca_variant", "gca_binarize", "gca_y_transpose")),
+        (args.block == "nl", "--block nl", ("nl_variant",)),
+        (args.block != "none", "a --block", ("gca_k", "block_in")),
+        (args.loss == "wgan-gp", "--loss wgan-gp", ("lambda_gp",)),
+        (args.dataset == "celeba", "--dataset celeba", ("squash",)),
+        (args.mode == "figures", "--mode figures", ("runs", "heatmap_net")),
+    )
+    for given, what, flags in needs:
+        for flag in () if given else flags:
+            value, default = getattr(args, flag), getattr(Args, flag)
+            require(value == default, flag, f"stay {default or 'off'} without {what}", value)
+    gcn = args.gca_variant == "gcn"
+    must = "be off with --gca-variant gcn, which has no M Y"
+    require(not (gcn and args.gca_y_transpose), "gca_y_transpose", must, args.gca_y_transpose)
+    require(not (args.squash and args.crop), "crop", "be 0 with --squash", args.crop)
+    must = "be at most 178 with --dataset celeba, the width of its images"
+    require(args.dataset != "celeba" or args.crop <= 178, "crop", must, args.crop)
+    require(not (args.runs and args.checkpoint), "runs", "not go with --checkpoint", args.runs)
+    for net in ("g", "d") if args.block != "none" else ():
+        channels = widths(args, getattr(args, f"{net}_ch"))[1]
+        must = f"divide the {channels} channels of {net.upper()}'s 8x8 map"
+        used = args.block_in in ("both", net)
+        require(not used or channels % args.gca_k == 0, "gca_k", must, args.gca_k)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Layers
+# --------------------------------------------------------------------------------------------------
+def edge_weights(f: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """A: row j is the attention of node j to all nodes and sums to 1; the logits are not scaled.
+
+    f (N, c, nodes), g (N, c, rows) -> (N, rows, nodes), in `dtype` whatever autocast says. No fused
+    kernel: those have no second derivative, which a gradient penalty needs.
+    """
+    with torch.autocast(f.device.type, enabled=False):
+        r = g.to(dtype).transpose(1, 2) @ f.to(dtype)  # r_ij = f(x_i)^T g(x_j), at [j, i]
+        return r.softmax(dim=-1)  # a_ji = exp(r_ij) / sum over i of exp(r_ij)
+
+
+def normalize(a: Tensor) -> Tensor:
+    """A^ = D~^(-1/2) A~ D~^(-1/2) of A~ = A + I, D~ its row sums: (N, n, n) -> (N, n, n).
+
+    The rows of a soft A sum to 1: then D~ = 2 I and A^ = (A + I) / 2. A is directed, so A^ is not
+    symmetric. Of a binarised A the degrees differ; they are at least 1, by the self-loops.
+    """
+    a = a + torch.eye(a.shape[1], dtype=a.dtype, device=a.device)
+    d = a.sum(dim=2).rsqrt()
+    return d[:, :, None] * a * d[:, None, :]
+
+
+class Gated(nn.Module):
+    """A block that adds a residual p to its input x, o = gain p + x, and is the identity at first.
+
+    `ratio` is rms(p) / rms(x) of the last forward pass: what the gain would let through, for the
+    log. p comes in fp32 and is added in fp32, since it may be too large for half precision.
+    """
+
+    gain_name = ""
+
+    def add(self, p: Tensor, x: Tensor) -> Tensor:
+        """o (N, C, H, W), in the precision of x."""
+        gain, wide = getattr(self, self.gain_name), x.to(p.dtype)
+        p_rms, x_rms = (t.detach().square().mean().sqrt() for t in (p, wide))
+        self.ratio = p_rms / x_rms.clamp_min(1e-12)
+        return (gain * p + wide).to(x.dtype)
+
+
+class NonLocal(Gated):
+    """The non-local block, SAGAN's self-attention: (N, C, H, W) -> (N, C, H, W).
+
+    y = gamma W_v(sum over i of a_ji h(x_i)) + x. Variant "value": values of C channels and no W_v;
+    "pooled": keys and values max-pooled 2x2, values of C / 2 channels (H and W even).
+    """
+
+    gain_name = "gamma"
+
+    def __init__(self, channels: int, args: Args) -> None:
+        super().__init__()
+        inner = channels // args.gca_k
+        values = {"paper": inner, "value": channels, "pooled": channels // 2}[args.nl_variant]
+        self.f = nn.Conv2d(channels, inner, 1, bias=False)
+        self.g = nn.Conv2d(channels, inner, 1, bias=False)
+        self.h = nn.Conv2d(channels, values, 1, bias=False)
+        plain = args.nl_variant == "value"
+        self.v = nn.Identity() if plain else nn.Conv2d(values, channels, 1, bias=False)
+        self.pool = nn.MaxPool2d(2) if args.nl_variant == "pooled" else nn.Identity()
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.gamma.dtype
+        f, g, h = self.pool(self.f(x)), self.g(x), self.pool(self.h(x))
+        a = edge_weights(f.flatten(2), g.flatten(2), dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out = h.flatten(2).to(dtype) @ a.transpose(1, 2)  # H A^T
+            return self.add(self.v(out.unflatten(2, x.shape[2:])), x)
+
+
+class GCA(Gated):
+    """Graph convolution over the pixels of a map, its edges from self-attention (the paper's own).
+
+    (N, C, H, W) -> (N, C, H, W). With the n = H W pixels as nodes, x as C x n, c = C / k:
+    Y = A^ J Theta, Z = M Y, o = alpha W_v Z + x, where M = W_m x and
+
+        variant     J                              Theta
+        nodes       (W_j x)^T, W_j: C -> n         n x n
+        bottleneck  (W_j x)^T, W_j: C -> c         c x n
+        gram        U^T U of U = W_j x, C -> c     n x n
+        gcn         (W_j x)^T, W_j: C -> c         c x c, and Z = W_m Y^T, W_m: c -> C
+
+    Theta, but for gcn's, has the size of the map, so the block takes maps of `size` only. Only the
+    1x1 maps of x may run in half precision: M Y grows with the square of x.
+    """
+
+    gain_name = "alpha"
+
+    def __init__(self, channels: int, size: tuple[int, int], args: Args) -> None:
+        super().__init__()
+        self.size, self.variant, self.binarize = size, args.gca_variant, args.gca_binarize
+        self.y_transpose = args.gca_y_transpose
+        inner, n = channels // args.gca_k, size[0] * size[1]
+        j, rows, columns, m = {
+            "nodes": (n, n, n, channels),
+            "bottleneck": (inner, inner, n, channels),
+            "gram": (inner, n, n, channels),
+            "gcn": (inner, inner, inner, inner),
+        }[args.gca_variant]
+        self.f = nn.Conv2d(channels, inner, 1, bias=False)
+        self.g = nn.Conv2d(channels, inner, 1, bias=False)
+        self.j = nn.Conv2d(channels, j, 1, bias=False)
+        self.m = nn.Conv2d(m, channels, 1, bias=False)
+        self.v = nn.Conv2d(channels, channels, 1, bias=False)
+        self.theta = nn.Linear(rows, columns, bias=False)  # x -> x Theta; its weight is Theta^T
+        nn.init.xavier_uniform_(self.theta.weight)
+        self.alpha = nn.Parameter(torch.zeros(()))
+
+    def edges(self, x: Tensor) -> Tensor:
+        """A (N, n, n), soft or binarised: 1 above the mean 1 / n of a row, else 0."""
+        a = edge_weights(self.f(x).flatten(2), self.g(x).flatten(2), self.alpha.dtype)
+        if self.binarize == "off":
+            return a
+        b = (a > 1 / a.shape[2]).to(a.dtype)
+        return b if self.binarize == "hard" else b + (a - a.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        gcn, dtype, size = self.variant == "gcn", self.alpha.dtype, tuple(x.shape[2:])
+        if not gcn and size != self.size:
+            raise ValueError(f"GCA was built for maps of {self.size}, got {size}; gcn takes any")
+        a, j = self.edges(x), self.j(x).flatten(2).to(dtype)
+        m = None if gcn else self.m(x).flatten(2).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            j = j.transpose(1, 2) @ j if self.variant == "gram" else j.transpose(1, 2)
+            y = self.theta(normalize(a) @ j)  # Y = A^ J Theta
+            if gcn:
+                z = self.m(y.transpose(1, 2).unflatten(2, size))
+            else:
+                z = (m @ (y.transpose(1, 2) if self.y_transpose else y)).unflatten(2, size)
+            return self.add(self.v(z), x)
+
+
+def make_block(args: Args, net: str, channels: int) -> list[nn.Module]:
+    """The block of net "g" or "d" at its 8x8 map, if it has one."""
+    if args.block == "none" or args.block_in not in ("both", net):
+        return []
+    return [NonLocal(channels, args) if args.block == "nl" else GCA(channels, (8, 8), args)]
+
+
+def start_weights(args: Args, net: nn.Module) -> None:
+    """Weights at the start: N(0, 0.02) in DCGAN; in SAGAN Xavier, then spectral norm on all layers.
+
+    In this order: what is written to a weight under spectral norm is lost. Theta stays Glorot.
+    """
+    sagan = args.model == "sagan"
+    for layer in list(net.modules()):
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+            normal = functools.partial(nn.init.normal_, std=0.02)
+            (nn.init.xavier_uniform_ if sagan else normal)(layer.weight)
+        elif isinstance(layer, nn.BatchNorm2d) and not sagan:
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)) and sagan:
+            spectral_norm(layer)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Networks
+# --------------------------------------------------------------------------------------------------
+def widths(args: Args, base: int) -> list[int]:
+    """Channels of the maps from 4x4 up: 256, 128, 64 for 32x32 images of base width 64."""
+    return [base * 2**i for i in reversed(range(int(math.log2(args.img_size)) - 2))]
+
+
+class Generator(nn.Module):
+    """Noise z (N, z_dim) -> images (N, 3, img_size, img_size) in [-1, 1].
+
+    DCGAN's; SAGAN's has biases and spectral norm. The block follows the 8x8 stage's activation, as
+    layers[place].
+    """
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        channels, layers, bias = args.z_dim, [], args.model == "sagan"
+        for i, out in enumerate(widths(args, args.g_ch)):
+            stride, padding = (1, 0) if i == 0 else (2, 1)
+            conv = nn.ConvTranspose2d(channels, out, 4, stride, padding, bias=bias)
+            layers += [conv, nn.BatchNorm2d(out), nn.ReLU()]
+            if i == 1:
+                self.place = len(layers)
+                layers += make_block(args, "g", out)
+            channels = out
+        conv = nn.ConvTranspose2d(channels, 3, 4, 2, 1, bias=bias)
+        self.layers = nn.Sequential(*layers, conv, nn.Tanh())
+        start_weights(args, self)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Images (N, 3, img_size, img_size) -> logits or critic scores (N,).
+
+    DCGAN's (its sigmoid is in the loss); SAGAN's has biases, spectral norm and no batch norm. The
+    block follows the 8x8 stage's activation, as layers[place].
+    """
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        channels, layers, sagan = 3, [], args.model == "sagan"
+        deepest, eighth, *_ = widths(args, args.d_ch)
+        for out in reversed(widths(args, args.d_ch)):
+            norm = [] if sagan or channels == 3 else [nn.BatchNorm2d(out)]
+            conv = nn.Conv2d(channels, out, 4, 2, 1, bias=sagan)
+            layers += [conv, *norm, nn.LeakyReLU(0.1 if sagan else 0.2)]
+            if out == eighth:
+                self.place = len(layers)
+                layers += make_block(args, "d", out)
+            channels = out
+        self.layers = nn.Sequential(*layers, nn.Conv2d(deepest, 1, 4, bias=sagan))
+        start_weights(args, self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten()
+
+
+def block_terms(G: nn.Module, D: nn.Module) -> dict[str, Tensor]:
+    """For the log: the gain of each block, and rms(p) / rms(x) of its last forward pass."""
+    terms = {}
+    for key, net in (("g", G), ("d", D)):
+        block = net.layers[net.place]
+        if isinstance(block, Gated):
+            terms[f"train/{block.gain_name}_{key}"] = getattr(block, block.gain_name)
+            terms[f"train/ratio_{key}"] = block.ratio
+    return terms
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Losses
+# --------------------------------------------------------------------------------------------------
+# Of a logit s: D's loss on a real image, D's on a generated one, G's. Means over the batch follow.
+ADVERSARIAL = {
+    "bce": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
+    "hinge": (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s),
+    "wgan-gp": (lambda s: -s, lambda s: s, lambda s: -s),
+}
+
+
+def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    """E (||grad D(x^)||_2 - 1)^2 at x^ = eps x + (1 - eps) x~, in fp32; eps (N, 1, 1, 1).
+
+    The norm is over all values of a sample; `norm`, unlike a root of squares, has a gradient at 0.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        mixed = (eps * real + (1 - eps) * fake).requires_grad_()
+        (grad,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+        return (grad.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Data
+# --------------------------------------------------------------------------------------------------
+class Shapes(Dataset):
+    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
+
+    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
+    """
+
+    targets = [i % 8 for i in range(5_000)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
+        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
+        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
+        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
+        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
+        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
+        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
+        return image, self.targets[index]
+
+
+def open_celeba(args: Args) -> Dataset:
+    """CelebA's aligned images, 178x218; with --squash resized, not cropped, to squares."""
+    source = torchvision.datasets.CelebA(args.data_dir, "all", [], download=args.download)
+    if args.squash:
+        source.transform = torchvision.transforms.Resize((args.img_size, args.img_size))
+        source.key = "squashed"
+    return source
+
+
+class LSUNChurch(Dataset):
+    """The training images of LSUN's outdoor churches, compressed images in an lmdb.
+
+    Every process opens the database and lists its keys by itself, at its first image. (torchvision's
+    reader holds one environment, which must not cross a fork, and writes its keys into the working
+    folder.)
+    """
+
+    def __init__(self, data_dir: str) -> None:
+        self.path, self.transaction = Path(data_dir) / "church_outdoor_train_lmdb", None
+        self.key = (self.path / "data.mdb").stat().st_size
+        with self.database() as database:
+            self.length = database.stat()["entries"]
+
+    def database(self):
+        """The database, opened for reading."""
+        try:
+            import lmdb
+
+            return lmdb.open(str(self.path), readonly=True, lock=False, readahead=False)
+        except ModuleNotFoundError as error:
+            how = "pip install lmdb, or read a folder of images by --dataset folder"
+            raise fid.UserError(f"--dataset lsun-church needs the package lmdb: {how}") from error
+        except lmdb.Error as error:
+            raise OSError(f"{self.path} is no readable lmdb ({error})") from error
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if self.transaction is None:
+            self.transaction = self.database().begin()
+            self.keys = list(self.transaction.cursor().iternext(values=False))
+        return Image.open(io.BytesIO(self.transaction.get(self.keys[index]))), 0
+
+
+SOURCES = {  # how to open each data set, and how to get it
+    "celeba": (
+        open_celeba,
+        "put img_align_celeba.zip, identity_CelebA.txt and the four list_*.txt files of "
+        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html into celeba/ there, or install gdown",
+    ),
+    "lsun-church": (
+        lambda args: LSUNChurch(args.data_dir),
+        "put church_outdoor_train_lmdb of https://www.yf.io/p/lsun there, or read a folder of "
+        "images by --dataset folder",
+    ),
+    "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
+    "shapes": (lambda args: Shapes(), ""),
+}
+
+
+def load_images(args: Args, channels: int = 3) -> tuple[np.ndarray, Tensor, Path]:
+    """The data set as uint8 images (N, C, S, S) on disk, labels (N,), and the file of the images.
+
+    The first process decodes it, once: the file's name has a digest of all that decides its
+    content. Raises fid.UserError for a data set that is missing, unreadable or too small.
+    """
+
+    def prepare_cache() -> tuple[str, list[int]]:
+        open_source, how = SOURCES[args.dataset]
+        try:
+            source = open_source(args)
+        except (RuntimeError, OSError, ModuleNotFoundError) as error:
+            where = f"not found in {Path(args.data_dir).absolute()}: {' '.join(str(error).split())}"
+            raise fid.UserError(f"--dataset {args.dataset} {where}; {how}") from error
+        shape = (len(source), channels, args.img_size, args.img_size)
+        must = f"be at most {shape[0]}, the number of images"
+        require(args.batch_size <= shape[0], "batch_size", must, args.batch_size)
+        key = json.dumps([args.dataset, shape, args.crop, getattr(source, "key", None)])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        path = Path(args.data_dir) / "cache" / f"{args.dataset}-{args.img_size}-{digest}.npy"
+        if not path.exists():
+            fid.cache_images(source, path, shape, args.crop, args.num_workers)
+        return str(path), [int(y) for y in getattr(source, "targets", [0] * shape[0])]
+
+    path, labels = fid.on_main(prepare_cache)
+    return np.load(path, mmap_mode="c"), torch.tensor(labels), Path(path)
+
+
+def endless_batches(
+    images: np.ndarray, labels: Tensor, args: Args, device: torch.device, index: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's shares of the batches from `index` on: images in [-1, 1], labels.
+
+    Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
+    quarter of its free memory; else a thread reads ahead from the disk into pinned memory.
+    """
+    cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
+    pinned = cuda and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4
+    data = [torch.from_numpy(images), labels]
+    data = [part.to(device) for part in data] if cuda and not pinned else data
+
+    @functools.lru_cache(1)
+    def order(epoch: int) -> Tensor:
+        shuffle = torch.Generator().manual_seed(args.seed * 2**20 + epoch)
+        return torch.randperm(len(images), generator=shuffle).to(data[0].device)
+
+    def read(index: int) -> list[Tensor]:
+        epoch, place = divmod(index, len(images) // size)
+        rows = order(epoch)[place * size : (place + 1) * size].chunk(world)[rank]
+        return [part[rows].pin_memory() if pinned else part[rows] for part in data]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, index)
+        for following in itertools.count(index + 1):
+            batch, ahead = ahead.result(), pool.submit(read, following)
+            real, y = (part.to(device, non_blocking=True) for part in batch)
+            yield real.float().div_(127.5).sub_(1), y
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Run
+# --------------------------------------------------------------------------------------------------
+FORMAT = 1  # of the checkpoints
+FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
+    "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
+    "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
+    "num_samples", "fid_batch_size", "heatmap_net", "runs",
+}  # fmt: skip
+
+
+def setup(args: Args) -> torch.device:
+    """Choose this process's device and join the other processes."""
+    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    device = torch.device(name if args.device in ("auto", "cuda") else args.device)
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
+        # while the first process decodes the data set.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    return device
+
+
+def run_folder(args: Args) -> Path:
+    """Where a run with these flags lives."""
+    name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
+    return Path(args.out_dir) / name
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        origin = state["script"], state["format"]
+    except Exception as error:  # the unpickler of a damaged file can raise anything
+        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
+        raise fid.UserError(f"{path} is {reason}") from error
+    if origin != (Path(__file__).stem, FORMAT):
+        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
+    return state
+
+
+class Run:
+    """One training run: precision, noise, updates, run folder, log, checkpoint, signals.
+
+    `parts` are what a checkpoint holds: the networks "G", "D", their optimisers "g_opt", "d_opt".
+    `step` counts finished generator updates; everything is logged and named by it.
+    """
+
+    def __init__(self, args: Args, device: torch.device, **parts) -> None:
+        self.args, self.device, self.parts, self.folder = args, device, parts, run_folder(args)
+        self.rank, self.world = fid.processes()
+        self.step, self.best_fid, self.signal = 0, math.inf, 0
+        self.keys, self.rows = [], []  # names, and values of each step since the last log line
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
+        if args.amp == "auto" and device.type == "cuda":
+            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        fp16 = self.dtype == torch.float16
+        self.parts["scaler"] = self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.noise = torch.Generator(device)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        self.open()
+        self.seed()
+        self.clock = time.perf_counter()
+
+    def open(self) -> None:
+        """Make the run folder, or with --resume take up its checkpoint, and start the log."""
+        checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        if fid.on_main(lambda: self.folder.exists() and not self.args.resume):
+            how = "add --resume to go on with it, or choose another --exp-name"
+            raise fid.UserError(f"{self.folder} holds a run: {how}")
+        if fid.on_main(checkpoint.exists):
+            self.restore(load_checkpoint(checkpoint))
+        if self.rank > 0:
+            return
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        cuda = self.device.type == "cuda"
+        about = {
+            "args": asdict(self.args),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        }
+        with fid.atomic(self.folder / "args.json") as temporary:
+            temporary.write_text(json.dumps(about, indent=2))
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
+        with fid.atomic(log) as temporary:
+            temporary.write_text("".join(kept))
+        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        fid.say(f"{self.folder}: from step {self.step}")
+
+    def seed(self) -> None:
+        """Make the noise of the coming step a function of the seed and the step alone.
+
+        Every process draws the noise of the whole batch and keeps its share, so that the result
+        does not depend on their number; dropout and the like draw from a stream of their own.
+        """
+        self.noise.manual_seed(self.args.seed * 2**40 + self.step)
+        torch.manual_seed((self.args.seed + self.rank + 1) * 2**40 + self.step)
+
+    def draw(self, sampler: Callable[..., Tensor], *shape: int) -> Tensor:
+        """This process's share of noise of the given global shape, by torch.randn or torch.rand."""
+        noise = sampler(shape, generator=self.noise, device=self.device)
+        return noise.chunk(self.world)[self.rank]
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward passes."""
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not None)
+
+    def update(self, loss: Tensor, net: str) -> Tensor:
+        """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
+        opt, parameters = self.parts[f"{net.lower()}_opt"], list(self.parts[net].parameters())
+        opt.zero_grad(set_to_none=True)
+        # Not autograd.grad: its gradients may lie in memory in another order than the parameters,
+        # and fused optimisers read raw memory. backward() keeps the parameters' order.
+        self.scaler.scale(loss).backward(inputs=parameters)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            shares = flat.div_(self.world).split([grad.numel() for grad in grads])
+            for grad, share in zip(grads, shares):
+                grad.copy_(share.view_as(grad))
+        self.scaler.unscale_(opt)
+        norm = nn.utils.get_total_norm(grads)
+        self.scaler.step(opt)
+        self.scaler.update()
+        return norm
+
+    def collect(self, terms: dict[str, Tensor]) -> bool:
+        """Count a finished step and keep its terms, all on the device; whether to stop now."""
+        self.step += 1
+        self.keys = list(terms)
+        self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+        if self.device.type == "cpu" and self.world == 1 and not self.rows[-1].isfinite().all():
+            self.means()
+        self.seed()
+        if self.world > 1:  # a signal to any process stops all of them at the same step
+            shared = torch.tensor(self.signal)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            self.signal = int(shared)
+        return self.signal > 0
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: never), and at the end, is due."""
+        return every > 0 and (self.step % every == 0 or self.step == self.args.total_steps)
+
+    def means(self) -> dict[str, float]:
+        """Means of the collected terms; FloatingPointError names the first that is not finite."""
+        rows = torch.stack(self.rows)
+        if self.world > 1:
+            dist.all_reduce(rows)
+        rows = rows.cpu().double() / self.world
+        for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
+            step = self.step - len(rows) + 1 + row
+            raise FloatingPointError(f"{self.keys[column]} is {rows[row, column]:g} at step {step}")
+        return dict(zip(self.keys, rows.mean(0).tolist()))
+
+    def log_interval(self, extra: dict[str, float]) -> None:
+        """Log the interval's means, `extra` and the speed, pauses included; print one line."""
+        values, now, total = self.means() | extra, time.perf_counter(), self.args.total_steps
+        rate = len(self.rows) / (now - self.clock)
+        self.rows, self.clock = [], now
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        values["perf/steps_per_sec"] = rate
+        values["perf/img_per_sec"] = rate * self.args.batch_size
+        values["perf/max_mem_gb"] = memory / 1e9
+        self.log(values)
+        left = timedelta(seconds=round((total - self.step) / rate))
+        losses = f"loss/d {values['loss/d']:.4f}  loss/g {values['loss/g']:.4f}"
+        done = f"step {self.step}/{total} ({self.step / total:.1%})"
+        fid.say(f"{done}  {rate:.3g} steps/s  {left} left  {losses}")
+
+    def log(self, values: dict[str, float]) -> None:
+        """Append values to log.jsonl and TensorBoard under the present step."""
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(key, value, self.step)
+            self.board.flush()
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Write what a bit-identical continuation needs; noise and data follow from the step."""
+        if self.rows:
+            self.means()  # no checkpoint of a run that has gone wrong
+        if self.rank > 0:
+            return
+        state = {
+            "format": FORMAT, "script": Path(__file__).stem, "args": asdict(self.args),
+            "step": self.step, "best_fid": self.best_fid, "keys": self.keys, "rows": self.rows,
+            "parts": {key: part.state_dict() for key, part in self.parts.items()},
+        }  # fmt: skip
+        with fid.atomic(self.folder / name) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+
+    def restore(self, state: dict) -> None:
+        """Take up a checkpoint (fid.UserError where its flags differ from this run's)."""
+        old, new = state["args"], asdict(self.args)
+        differing = [
+            f"--{flag.replace('_', '-')} was {old.get(flag)}, is {new.get(flag)}"
+            for flag in sorted(old | new)
+            if flag not in FREE_FLAGS and old.get(flag) != new.get(flag)
+        ]
+        if differing:
+            raise fid.UserError(f"{self.folder} cannot be resumed: {'; '.join(differing)}")
+        for key, part in self.parts.items():
+            part.load_state_dict(state["parts"][key])
+        self.step, self.best_fid, self.keys = state["step"], state["best_fid"], state["keys"]
+        self.rows = [row.to(self.device) for row in state["rows"]]
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Finish the step and save; a second signal ends the run at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        fid.say(f"{signal.Signals(number).name}: finishing the step, then saving")
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# --------------------------------------------------------------------------------------------------
+def eval_noise(args: Args, count: int) -> Tensor:
+    """The first `count` noise vectors (count, z_dim) of every grid, sample and evaluation."""
+    return torch.randn(count, args.z_dim, generator=torch.Generator().manual_seed(args.eval_seed))
+
+
+@torch.no_grad()
+def generate(G: nn.Module, z: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise z (N, z_dim), by G in eval mode."""
+    training, device = G.training, next(G.parameters()).device
+    images = G.eval()(z.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+    G.train(training)
+    return images.to(torch.uint8)
+
+
+def write_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG."""
+    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
+    with fid.atomic(path) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+
+
+def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
+    """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
+    if 0 < args.fid_real < len(images):
+        images = images[:: len(images) // args.fid_real][: args.fid_real]
+    moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
+    real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
+    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
+    scores = fid.score_generator(
+        inception, lambda first, n: generate(G, z[first : first + n]), args.fid_num, size, real
+    )
+    text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
+    fid.say(f"{text}{inception.label and ': '}{inception.label}")
+    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+
+
+def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
+    """Args with the checkpoint's data and architecture, the device, G, D, the run's folder."""
+    path = Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
+    state = load_checkpoint(path)
+    if unknown := state["args"].keys() ^ asdict(args).keys():
+        raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
+    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
+    device = setup(args)
+    nets = {"G": Generator(args), "D": Discriminator(args)}
+    for key, net in nets.items():
+        net.load_state_dict(state["parts"][key])
+        net.to(device).eval()
+    fid.say(f"{path}: step {state['step']}")
+    return args, device, nets["G"], nets["D"], path.parent
+
+
+def evaluate(args: Args) -> dict[str, float]:
+    """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
+    args, device, G, _, folder = open_checkpoint(args)
+    inception = fid.load_inception(args.fid_weights, device)
+    images, _, path = load_images(args)
+    scores = score(args, inception, G, images, path)
+    record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
+    if fid.processes()[0] == 0:
+        with fid.atomic(folder / "evaluate.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2))
+    return scores
+
+
+def sample(args: Args) -> None:
+    """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
+    args, _, G, _, folder = open_checkpoint(args)
+    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
+    images = torch.cat([generate(G, z).cpu() for z in parts])
+    (folder / "generated").mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    write_grid(folder / "generated.png", images, math.isqrt(len(images)))
+    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
+
+
+PUBLISHED = {  # Table 1, FID on CelebA and on LSUN church
+    ("dcgan", "none"): (33.39, 33.59),
+    ("dcgan", "nl"): (34.56, 54.36),
+    ("dcgan", "gca"): (25.75, 22.15),
+    ("sagan", "nl"): (54.75, 36.56),
+    ("sagan", "gca"): (37.39, 28.74),
+}
+
+
+def run_result(folder: Path) -> tuple[Args, str, float | None]:
+    """A run folder's flags, its data set and last step, and its FID there, None without one.
+
+    The FID is the run's own at its last step, else that of mode evaluate.
+    """
+    args = Args(**json.loads((folder / "args.json").read_text())["args"])
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    step, weights = max([r["step"] for r in records], default=0), args.fid_weights
+    scores = [r["metric/fid"] for r in records if r["step"] == step and "metric/fid" in r]
+    if not scores and (folder / "evaluate.json").exists():
+        record = json.loads((folder / "evaluate.json").read_text())
+        scores, weights = [record["metric/fid"]], record["weights"]
+    label = f", {fid.RANDOM_LABEL}" if scores and weights == "random" else ""
+    return args, f"{args.dataset}, step {step}{label}", scores[-1] if scores else None
+
+
+def cost(net: nn.Module, x: Tensor) -> str:
+    """Parameters and multiply-adds of a forward pass of input x, both in millions."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net.eval()(x)
+    size = sum(p.numel() for p in net.parameters())
+    return f"{size / 1e6:.2f} / {counter.get_total_flops() / 2e6:.0f}"
+
+
+def table(runs: list[Path]) -> str:
+    """Table 1 as Markdown: published FIDs, then a row for the seeds of each of the given runs."""
+    head = "model | CelebA | LSUN church | experiment | G: M parameters / M MACs | D | FID | seeds"
+    rows, found = [head, "|".join(["---"] * 8)], {}
+    for args, where, value in map(run_result, runs):
+        group = found.setdefault((args.model, args.block), {}).setdefault((args.exp_name, where), [])
+        group.append((args, value))
+    for key in PUBLISHED | found:
+        name = key[0].upper() + {"none": "", "nl": " + NL", "gca": " + GCA"}[key[1]]
+        first = [name, *(f"{value:.2f}" for value in PUBLISHED.get(key, ()))] + [""] * 2
+        for (exp_name, where), members in found.get(key, {("not run", ""): []}).items():
+            cells = [*first[:3], exp_name + (where and f" ({where})"), "", "", "", ""]
+            if members:
+                args, values = members[0][0], [value for _, value in members if value is not None]
+                z, x = torch.zeros(1, args.z_dim), torch.zeros(1, 3, args.img_size, args.img_size)
+                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                fids = f"{statistics.mean(values):.2f}{spread}" if values else "not evaluated"
+                cells[4:] = cost(Generator(args), z), cost(Discriminator(args), x), fids
+                cells.append(str(len(members)))
+            rows.append(" | ".join(cells))
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+@torch.no_grad()
+def heat_maps(net: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Heat (N, 1, 8, 8) in [0, 1] at a network's block: its output o, its input x and o - x.
+
+    The mean over the channels, stretched to [0, 1] map by map; without a block x alone, as "o".
+    """
+    x, block, maps = net.layers[: net.place](inputs), net.layers[net.place], {}
+    o = block(x) if isinstance(block, Gated) else x
+    for key, value in {"o": o, "x": x, "gain p": o - x}.items() if o is not x else [("o", x)]:
+        mean = value.mean(dim=1, keepdim=True)
+        mean = mean - mean.amin(dim=(2, 3), keepdim=True)
+        maps[key] = (mean / mean.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)).cpu()
+    return maps
+
+
+def overlay(images: Tensor, heat: Tensor) -> Tensor:
+    """uint8 images (N, 3, H, W), half covered by heat (N, 1, h, w) in the colours of "jet"."""
+    v = F.interpolate(heat, size=images.shape[2:], mode="bicubic").clamp(0, 1)
+    jet = torch.cat([1.5 - (4 * v - peak).abs() for peak in (3, 2, 1)], dim=1).clamp(0, 1)
+    return (images.cpu() / 2 + jet * 127.5).round().byte()
+
+
+def figures(args: Args) -> None:
+    """Mode figures: samples from shared noise (Figure 4), heat maps (Figure 5), Table 1."""
+    paths = [str(Path(run) / "checkpoint.pt") for run in args.runs] or [args.checkpoint]
+    opened = [open_checkpoint(replace(args, checkpoint=path)) for path in paths]
+    first, *_, folder = opened[0]
+    for other, *_, place in opened:
+        same = (other.dataset, other.img_size) == (first.dataset, first.img_size)
+        require(same, "runs", f"be of one data set and size, those of {folder}", place)
+    target, n = folder / "figures", min(8, args.num_samples)
+    target.mkdir(exist_ok=True)
+    real = torch.from_numpy(load_images(first)[0][:n])
+    samples, columns = [], []
+    for other, device, G, D, place in opened:
+        z = eval_noise(other, n)
+        samples.append(generate(G, z).cpu())
+        net, images, inputs = D, real, real.to(device).float() / 127.5 - 1
+        if args.heatmap_net == "g":
+            net, images, inputs = G, samples[-1], z.to(device)[:, :, None, None]
+        maps = heat_maps(net, inputs)
+        columns += [images, *(overlay(images, heat) for heat in maps.values())]
+        above = ", ".join(f"{key} {(h > 0.5).float().mean():.1%}" for key, h in maps.items())
+        fid.say(f"{place}: map of {args.heatmap_net.upper()} above 0.5: {above}")
+    write_grid(target / "samples.png", torch.cat(samples), n)
+    cells = torch.stack(columns, dim=1).flatten(0, 1)
+    write_grid(target / "heatmaps.png", cells, len(columns))
+    text = table([place for *_, place in opened])
+    with fid.atomic(target / "table1.md") as temporary:
+        temporary.write_text(text + "\n")
+    fid.say(text)
+    fid.say(f"samples, heatmaps (image, o, x, gain p of each run) and table1 are in {target}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training
+# --------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict[str, float]:
+    """Train from the start or from the run's checkpoint; the last evaluation's metrics."""
+    device = setup(args)
+    inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
+    images, labels, path = load_images(args)
+    G, D = Generator(args).to(device), Discriminator(args).to(device)
+    betas = args.beta1, args.beta2
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True)
+    run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
+    batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
+    d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
+    n, stop, metrics = args.batch_size, False, {}
+
+    while run.step < args.total_steps and not stop:
+        for _ in range(args.n_critic):
+            real, _ = next(batches)
+            if args.hflip:
+                real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
+            with run.autocast():
+                with torch.no_grad():
+                    fake = G(run.draw(torch.randn, n, args.z_dim)).float()
+                real_logits, fake_logits = D(real).float(), D(fake).float()
+            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+            d_reg = torch.zeros((), device=device)
+            if args.loss == "wgan-gp":
+                d_reg = gradient_penalty(D, real, fake, run.draw(torch.rand, n, 1, 1, 1))
+            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
+            d_norm = run.update(d_loss, "D")
+
+        with run.autocast():
+            logits = D(G(run.draw(torch.randn, n, args.z_dim))).float()
+        g_loss = g_fake(logits).mean()
+        g_norm = run.update(g_loss, "G")
+
+        terms = {
+            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
+            "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+        }  # fmt: skip
+        stop = run.collect(terms | block_terms(G, D))
+        if run.due(args.log_every):
+            run.log_interval({})
+        if run.due(args.sample_every) and run.rank == 0:
+            grid = generate(G, eval_noise(args, args.num_samples))
+            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
+        if run.due(args.eval_every):
+            metrics = score(args, inception, G, images, path)
+            run.log(metrics)
+            if metrics["metric/fid"] < run.best_fid:
+                run.best_fid = metrics["metric/fid"]
+                run.save("best.pt")
+        if stop or run.due(args.save_every):
+            run.save()
+    if stop:
+        fid.say(f"stopped at step {run.step}; the same command with --resume goes on")
+        raise SystemExit(128 + run.signal)
+    fid.say(f"done: {run.folder} (samples/, log.jsonl, checkpoint.pt)")
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Main
+# --------------------------------------------------------------------------------------------------
+def main() -> None:
+    """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
+    model = tyro.cli(Args, description=__doc__).model
+    args = tyro.cli(Args, args=[*MODELS[model].split(), *sys.argv[1:]])
+    modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
+    try:
+        check_args(args)
+        if args.dry_run:
+            nets = {"G": Generator(args), "D": Discriminator(args)}
+            params = {key: sum(p.numel() for p in net.parameters()) for key, net in nets.items()}
+            print(json.dumps({"args": asdict(args), "params": params}))
+        else:
+            modes[args.mode](args)
+    except (fid.UserError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1176 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "scipy", "tyro>=0.9", "tensorboard"]
+# ///
+"""SAGAN-div: Enhanced Full Attention Generative Adversarial Networks (Chen and Yamane, 2023).
+
+Self-attention after every layer of the generator and none in the discriminator; the Wasserstein
+divergence as loss; a study of spectral norm (SN) against instance norm (IN) in four methods, a to
+d. The baselines of Table 2 are here too: DCGAN, WGAN-div and SNGAN on the same skeleton.
+
+    python sagan_div.py                                         # Tables 2 and 3, MNIST, method d
+    python sagan_div.py --dataset fashion-mnist --method c      # Table 3, Fashion-MNIST, method c
+    python sagan_div.py --method dcgan --recipe author          # a baseline as the authors ran it
+
+Differences from the paper
+ 1. The fifth layer, whose output is the image, has no attention: with one channel it would be
+    degenerate. `--attn-blocks 1 2 3 4 5` adds it, before the tanh.
+ 2. k = 2, p = 6, the points of the penalty, batch size, weights at the start, LeakyReLU's slope and
+    spectral norm inside attention are not stated: WGAN-div's values and the public code's places.
+    That code takes the penalty times 10 and Adam's (0.5, 0.999): `--recipe author`.
+ 3. Baselines: the paper says "their papers' defaults", the public code gives all of them one
+    schedule: `--recipe paper` (default) and `--recipe author`. The layer norm of WGAN-div's critic
+    and the batch norms of DCGAN's leave out the first layer.
+ 4. 60,000 generator updates of batch 64 by default; `--epochs 10000` is the paper's length.
+ 5. FID is over 10,000 distinct samples and all training images. The public code repeated 608 images
+    to 10,336 files: `--mode evaluate --fid-distinct 608` gives that number, under another name.
+    Compare methods with each other, not with the published values.
+ 6. The last incomplete batch of an epoch is left out; every update draws fresh noise.
+
+Evidence: see README.md, "Results". The paper's 10,000 epochs have not been run.
+"""
+
+# --------------------------------------------------------------------------------------------------
+# 1. Imports
+# --------------------------------------------------------------------------------------------------
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+import tyro
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+
+import fid
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Arguments
+# --------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # Run
+    mode: Literal["train", "evaluate", "sample", "figures"] = "train"
+    """train; or evaluate a checkpoint, sample from it, draw its figures"""
+    exp_name: str = ""
+    """name of the experiment, part of the run folder's; empty: the model's"""
+    seed: int = 1
+    """seed of the weights, of the noise and of the order of the data"""
+    deterministic: bool = False
+    """bit-reproducible kernels on CUDA, slower; the CPU is reproducible without"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one"""
+    out_dir: str = "runs"
+    """folder of the run folders"""
+    resume: bool = False
+    """go on from this run's checkpoint if there is one"""
+    checkpoint: str = ""
+    """checkpoint to evaluate, sample or draw; empty: checkpoint.pt of this run"""
+    dry_run: bool = False
+    """print the resolved flags and the parameter counts as JSON and exit"""
+    # Data
+    dataset: Literal["mnist", "fashion-mnist", "folder", "shapes"] = "mnist"
+    """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
+    data_dir: str = "data"
+    """folder of the data set and of the cache of its decoded images"""
+    download: bool = True
+    """fetch the data set if it is not in --data-dir"""
+    img_size: int = 64  # Table 1
+    """side of the square images in pixels; 0: the paper's for the data set"""
+    channels: Literal[0, 1, 3] = 0
+    """channels of the images, 1 (grey) or 3 (RGB); 0: 1 for MNIST and Fashion-MNIST, else 3"""
+    crop: int = 0
+    """side of the central square cut out first, in pixels; 0: the paper's, else the short side"""
+    hflip: bool = False
+    """mirror half of the training images, drawn anew each time"""
+    num_workers: int = 4
+    """processes that decode the images, once"""
+    # Model
+    z_dim: int = 100  # Table 1
+    """length of the noise vector; 0: the paper's for the model"""
+    g_ch: int = 64  # Table 1
+    """base width of the generator, in channels"""
+    d_ch: int = 64  # Table 1
+    """base width of the discriminator, in channels"""
+    # Optimisation
+    total_steps: int = 60_000
+    """generator updates to train for"""
+    batch_size: int = 64
+    """images per update, shared out over the processes"""
+    n_critic: int = 5
+    """discriminator updates per generator update"""
+    g_lr: float = 1e-4
+    """learning rate of the generator"""
+    d_lr: float = 4e-4
+    """learning rate of the discriminator"""
+    beta1: float = 0.0
+    """Adam's decay rate of the gradient's mean"""
+    beta2: float = 0.9
+    """Adam's decay rate of the squared gradient's mean"""
+    # Speed
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    # Intervals, in steps; the last step counts as each of them
+    log_every: int = 100
+    """steps between lines of the log"""
+    sample_every: int = 1_000
+    """steps between sample grids; 0: none"""
+    eval_every: int = 5_000
+    """steps between evaluations; 0: none"""
+    save_every: int = 1_000
+    """steps between checkpoints"""
+    # Evaluation
+    fid_num: int = 10_000
+    """generated images of an evaluation"""
+    fid_real: int = 0
+    """real images of an evaluation, spread over the data set; 0: all"""
+    fid_batch_size: int = 100
+    """images per forward pass of an evaluation"""
+    fid_weights: str = "auto"
+    """Inception weights: auto (find or download), a path, or random (smoke tests only)"""
+    eval_seed: int = 0
+    """seed of the noise of grids, samples and evaluations"""
+    num_samples: int = 100
+    """images of a sample grid and of mode sample"""
+    # Paper
+    method: Literal["a", "b", "c", "d", "dcgan", "wgan-div", "sngan"] = "d"
+    """row of Tables 2 and 3; a to d differ in where spectral and instance norm stand"""
+    recipe: Literal["paper", "author"] = "paper"
+    """what flags not given are: each method's own paper's settings, or those of the public code"""
+    epochs: int = 0
+    """epochs to train for in place of --total-steps, 10000 in the paper; 0: --total-steps"""
+    attn_blocks: tuple[Literal[1, 2, 3, 4, 5, "none"], ...] = (1, 2, 3, 4)
+    """layers of the generator that attention follows (5: before the tanh), or none; a to d"""
+    attn_block: Literal["pooled", "full"] = "pooled"
+    """attention to 2x2 max-pooled keys and values, or to all positions; a to d"""
+    attn_sn: Literal["always", "follow"] = "always"
+    """spectral norm in attention: in all of a to d, or where the generator's layers have it"""
+    div_k: float = 2.0
+    """weight k of the penalty of the Wasserstein divergence"""
+    div_p: float = 6.0
+    """power p of the gradient's norm in it, at least 1"""
+    div_points: Literal["endpoints", "interp"] = "endpoints"
+    """where the gradient is taken: at real and at generated images, or between them"""
+    div_scale: float = 1.0
+    """further factor of the penalty, 10 in the public code"""
+    fid_distinct: int = 0
+    """mode evaluate: also the public code's FID of this many repeated images (608); 0: not"""
+    query_pixels: tuple[tuple[int, int], ...] = ((32, 32), (16, 32), (48, 24))
+    """mode figures: rows and columns of the image pixels whose attention is drawn"""
+
+    def __post_init__(self) -> None:
+        self.exp_name = self.exp_name or self.method + "-author" * (self.recipe == "author")
+        self.channels = self.channels or (1 if "mnist" in self.dataset else 3)
+
+
+POSITIVE = (
+    "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
+    "save_every", "fid_batch_size", "num_samples", "div_p",
+)  # fmt: skip
+ADAM = {"beta1": 0.5, "beta2": 0.999}  # PyTorch's and DCGAN's
+SAME = {"g_lr": 2e-4, "d_lr": 2e-4}
+RECIPES = {  # what differs from the defaults of Args, which are the paper's for a to d
+    "paper": {
+        "dcgan": {**SAME, **ADAM, "batch_size": 128, "n_critic": 1},
+        "wgan-div": {**SAME, "n_critic": 4, "div_points": "interp"},
+        "sngan": SAME,
+    },
+    "author": {
+        **dict.fromkeys("abcd", {**ADAM, "div_scale": 10.0}),
+        **dict.fromkeys(("dcgan", "sngan"), {**ADAM, "batch_size": 2048}),
+        "wgan-div": {**SAME, **ADAM},
+    },
+}
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The command line; flags not given have the values of the method's recipe."""
+    first = tyro.cli(Args, args=argv, description=__doc__)
+    which = {flag: getattr(first, flag) for flag in ("method", "recipe", "dataset")}
+    default = Args(**which, **RECIPES[first.recipe].get(first.method, {}))
+    return tyro.cli(Args, args=argv, default=default, description=__doc__)
+
+
+def require(rule: bool, flag: str, must: str, value: object) -> None:
+    """Raise a fid.UserError such as `--kernel-size must be odd, got 4` unless the rule holds."""
+    if not rule:
+        raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
+
+
+def check_common(args: Args) -> None:
+    """Refuse what no script can run (fid.UserError)."""
+    for flag, value in asdict(args).items():
+        if isinstance(value, (int, float)):
+            least = int(flag in POSITIVE)
+            require(least <= value < math.inf, flag, f"be at least {least}", value)
+    for flag in ("beta1", "beta2"):
+        require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
+    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    must = f"be a multiple of the {world} processes"
+    require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
+    training = args.mode == "train"
+    require(training or not args.resume, "resume", "go with --mode train", args.mode)
+    must = "stay empty with --mode train (--resume goes on with a run)"
+    require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
+    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
+    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+
+
+def check_args(args: Args) -> None:
+    """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
+    check_common(args)
+    require(args.img_size == 64, "img_size", "be 64, Table 1 is fixed", args.img_size)
+    require(args.batch_size >= 2, "batch_size", "be at least 2", args.batch_size)
+    must = f"be 1 with --dataset {args.dataset}, whose images are grey"
+    require(args.channels == 1 or "mnist" not in args.dataset, "channels", must, args.channels)
+    blocks, must = args.attn_blocks, "name layers of 1 2 3 4 5, each once, or be none alone"
+    once = 0 < len(blocks) == len(set(blocks)) and (blocks == ("none",) or "none" not in blocks)
+    require(once, "attn_blocks", must, " ".join(map(str, blocks)) or "nothing")
+    unused = () if args.method in "abcd" else ("attn_blocks", "attn_block", "attn_sn")
+    if LOSS[args.recipe][args.method] != "wasserstein":
+        unused += ("div_k", "div_p", "div_points", "div_scale")
+    for flag in unused:
+        value, default = getattr(args, flag), getattr(Args, flag)
+        must = f"stay {default}: --method {args.method} does not use it"
+        require(value == default, flag, must, value)
+    require(args.fid_distinct != 1, "fid_distinct", "be 0 or at least 2", 1)
+    require(len(args.query_pixels) > 0, "query_pixels", "name a row and a column", "nothing")
+    for pixel in args.query_pixels:
+        must = f"be rows and columns from 0 to {args.img_size - 1}"
+        require(0 <= min(pixel) and max(pixel) < args.img_size, "query_pixels", must, pixel)
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Layers
+# --------------------------------------------------------------------------------------------------
+class SelfAttention(nn.Module):
+    """Self-attention over all positions of a feature map (SAGAN, Zhang et al. 2019).
+
+    (N, C, H, W) -> (N, C, H, W). Queries and keys have C // 8 channels, values C; the logits are
+    not scaled. The gain gamma starts at 0: the block starts as the identity.
+    """
+
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        inner = max(1, channels // 8)
+        self.query = nn.Conv2d(channels, inner, 1, bias=bias)
+        self.key = nn.Conv2d(channels, inner, 1, bias=bias)
+        self.value = nn.Conv2d(channels, channels, 1, bias=bias)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Weights (N, H*W, H*W): row q says where position q looks and sums to 1."""
+        query, key = self.query(x).flatten(2), self.key(x).flatten(2)
+        return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.query(x), self.key(x), self.value(x)
+        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
+        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+        return x + self.gamma * out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class PooledAttention(nn.Module):
+    """Self-attention to 2x2 max-pooled keys and values (SAGAN, Zhang et al. 2019, official code).
+
+    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values C // 2;
+    the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
+    """
+
+    def __init__(self, channels: int, bias: bool = True) -> None:
+        super().__init__()
+        inner, half = max(1, channels // 8), max(1, channels // 2)
+        self.query = nn.Conv2d(channels, inner, 1, bias=bias)
+        self.key = nn.Conv2d(channels, inner, 1, bias=bias)
+        self.value = nn.Conv2d(channels, half, 1, bias=bias)
+        self.out = nn.Conv2d(half, channels, 1, bias=bias)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        """Weights (N, H*W, H*W/4): row q says where position q looks and sums to 1."""
+        query, key = self.query(x).flatten(2), F.max_pool2d(self.key(x), 2).flatten(2)
+        return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
+        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
+        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+        return x + self.gamma * self.out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def initialise(layer: nn.Module, sn: bool) -> nn.Module:
+    """Draw a layer's weight from N(0, 0.02), then add spectral norm if sn.
+
+    In this order: what is written to a weight under spectral norm is lost.
+    """
+    nn.init.normal_(layer.weight, 0.0, 0.02)
+    return spectral_norm(layer) if sn else layer
+
+
+def attention(args: Args, channels: int) -> nn.Module:
+    """The attention block of a layer of `channels` channels; its convolutions have no bias."""
+    kind = PooledAttention if args.attn_block == "pooled" else SelfAttention
+    block = kind(channels, bias=False)
+    for conv in block.children():
+        initialise(conv, args.attn_sn == "always" or NORMS[args.method][0])
+    return block
+
+
+def normalisation(kind: str, channels: int) -> nn.Module:
+    """The layer of a name in NORMS."""
+    if kind == "instance":
+        return nn.InstanceNorm2d(channels)  # no gain and bias, the same in train and eval mode
+    if kind == "layer":
+        return nn.GroupNorm(1, channels)  # layer norm over (C, H, W), gain and bias per channel
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Networks
+# --------------------------------------------------------------------------------------------------
+NORMS = {  # spectral norm in G, norm in G, spectral norm in D, norm in D
+    "a": (True, "instance", True, "instance"),  # Table 3: attnG+SN+IN
+    "b": (True, "none", True, "none"),  # attnG+SN+noIN
+    "c": (False, "instance", False, "instance"),  # attnG+noSN+IN
+    "d": (False, "instance", True, "none"),  # attnG+SNinD+INinG
+    "dcgan": (False, "batch", False, "batch"),  # Table 2
+    "wgan-div": (False, "batch", False, "layer"),
+    "sngan": (False, "batch", True, "none"),
+}
+
+
+class Generator(nn.Module):
+    """Noise z (N, z_dim) -> images (N, channels, 64, 64) in [-1, 1] (Table 1).
+
+    With instance norm only the direction of z counts, but for its eps: the first layer is linear.
+    """
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        sn, norm, _, _ = NORMS[args.method]
+        self.layers, channels = nn.Sequential(), args.z_dim
+        for i, out in enumerate([8 * args.g_ch, 4 * args.g_ch, 2 * args.g_ch, args.g_ch], start=1):
+            stride, padding = (1, 0) if i == 1 else (2, 1)
+            conv = nn.ConvTranspose2d(channels, out, 4, stride, padding, bias=False)
+            self.layers.add_module(f"conv{i}", initialise(conv, sn))
+            self.layers.add_module(f"norm{i}", normalisation(norm, out))
+            self.layers.add_module(f"act{i}", nn.ReLU())
+            if args.method in "abcd" and i in args.attn_blocks:
+                self.layers.add_module(f"attn{i}", attention(args, out))
+            channels = out
+        conv = nn.ConvTranspose2d(channels, args.channels, 4, 2, 1, bias=False)
+        self.layers.add_module("conv5", initialise(conv, False))
+        if args.method in "abcd" and 5 in args.attn_blocks:
+            self.layers.add_module("attn5", attention(args, args.channels))
+        self.layers.add_module("tanh", nn.Tanh())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z[:, :, None, None])
+
+    def attention_maps(self, z: Tensor) -> dict[str, Tensor]:
+        """Weights (N, positions, positions attended to) of each attention block, by name."""
+        maps, x = {}, z[:, :, None, None]
+        for name, layer in self.layers.named_children():
+            if name.startswith("attn"):
+                maps[name] = layer.attention_map(x)
+            x = layer(x)
+        return maps
+
+
+class Discriminator(nn.Module):
+    """Images (N, channels, 64, 64) -> logits or critic scores (N,) (Table 1)."""
+
+    def __init__(self, args: Args) -> None:
+        super().__init__()
+        _, _, sn, norm = NORMS[args.method]
+        if norm == "layer" and args.recipe == "author":
+            norm = "batch"
+        self.layers, channels = nn.Sequential(), args.channels
+        for i, out in enumerate([args.d_ch, 2 * args.d_ch, 4 * args.d_ch, 8 * args.d_ch], start=1):
+            conv = nn.Conv2d(channels, out, 4, 2, 1, bias=False)
+            self.layers.add_module(f"conv{i}", initialise(conv, sn))
+            if i > 1 or norm == "instance":
+                self.layers.add_module(f"norm{i}", normalisation(norm, out))
+            self.layers.add_module(f"act{i}", nn.LeakyReLU(0.2))
+            channels = out
+        conv = nn.Conv2d(channels, 1, 4, bias=False)
+        self.layers.add_module("conv5", initialise(conv, sn))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten()
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Losses
+# --------------------------------------------------------------------------------------------------
+# Of a logit s: D's loss on a real image, D's on a generated one, G's. Means over the batch follow.
+ADVERSARIAL = {
+    "wasserstein": (lambda s: -s, lambda s: s, lambda s: -s),
+    "hinge": (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s),
+    "bce": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
+    "bce-0.9": (  # cross-entropy with the label 0.9 for real; softplus(s) - 0.9 s = both its terms
+        lambda s: F.softplus(s) - 0.9 * s, lambda s: F.softplus(s),
+        lambda s: F.softplus(s) - 0.9 * s,
+    ),
+}  # fmt: skip
+DIVERGENCE = dict.fromkeys(("a", "b", "c", "d", "wgan-div"), "wasserstein")
+LOSS = {
+    "paper": {**DIVERGENCE, "dcgan": "bce", "sngan": "hinge"},
+    "author": {**DIVERGENCE, "dcgan": "bce-0.9", "sngan": "bce-0.9"},
+}
+
+
+def score_and_slope(D: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores D(x) (N,) and ||grad_x D(x)||_2 (N,) of images x (N, C, H, W), in fp32.
+
+    The norm is over all values of a sample; `norm`, unlike a root of squares, has a gradient at 0.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.detach().requires_grad_()
+        scores = D(x)
+        # Of the sum: each sample's own gradient, as long as D has no batch norm.
+        (grad,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        return scores, grad.flatten(1).norm(dim=1)
+
+
+def critic(
+    D: nn.Module, real: Tensor, fake: Tensor, u: Tensor | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Scores (N,) of real and fake images (N, C, H, W), and slopes (N,) by where they are taken.
+
+    Without u at the images themselves, as public code does; with u (N, 1, 1, 1) at real +
+    u (fake - real), as WGAN-div's algorithm does.
+    """
+    if u is None:
+        real_scores, real_slope = score_and_slope(D, real)
+        fake_scores, fake_slope = score_and_slope(D, fake)
+        return real_scores, fake_scores, {"real": real_slope, "fake": fake_slope}
+    with torch.autocast(real.device.type, enabled=False):
+        real_scores, fake_scores = D(real), D(fake)
+    return real_scores, fake_scores, {"mixed": score_and_slope(D, real + u * (fake - real))[1]}
+
+
+def divergence_penalty(slopes: dict[str, Tensor], k: float, p: float) -> Tensor:
+    """k E ||grad D(x^)||^p; over real and fake images: the mean of the two means."""
+    return k * torch.cat(list(slopes.values())).pow(p).mean()
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Data
+# --------------------------------------------------------------------------------------------------
+class Shapes(Dataset):
+    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
+
+    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
+    """
+
+    targets = [i % 8 for i in range(5_000)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
+        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
+        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
+        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
+        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
+        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
+        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
+        return image, self.targets[index]
+
+
+def open_idx(kind: type[Dataset], args: Args) -> Dataset:
+    """torchvision's MNIST or FashionMNIST; fid.UserError names a file that is not whole."""
+    raw, counts = Path(args.data_dir) / kind.__name__ / "raw", {}
+    for path in sorted(raw.glob("train-*-ubyte")):
+        with open(path, "rb") as file:
+            head = np.frombuffer(file.read(16), ">u4")  # magic number, count, rows, columns
+        ranks = {2049: 1, 2051: 3}  # of labels, of images
+        rank = ranks.get(int(head[0]), 0) if len(head) == 4 else 0
+        needed, size = 4 + 4 * rank + math.prod(head[1 : 1 + rank].tolist()), path.stat().st_size
+        if not rank or size != needed:
+            wanted = f"its header says {needed}" if rank else "it has no idx header"
+            how = "remove the file, and --download fetches it again"
+            raise fid.UserError(f"{path} is damaged: it has {size} bytes, {wanted}; {how}")
+        counts[path.name] = int(head[1])
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        raise fid.UserError(f"{raw} is of two data sets: {text}; remove the wrong file")
+    return kind(args.data_dir, download=args.download)
+
+
+SOURCES = {  # how to open each data set, and how to get it
+    "mnist": (
+        lambda args: open_idx(torchvision.datasets.MNIST, args),
+        "run with --download, or put the four unpacked idx files of "
+        "https://ossci-datasets.s3.amazonaws.com/mnist/ into MNIST/raw/ there",
+    ),
+    "fashion-mnist": (
+        lambda args: open_idx(torchvision.datasets.FashionMNIST, args),
+        "run with --download, or put the four unpacked idx files of "
+        "https://github.com/zalandoresearch/fashion-mnist into FashionMNIST/raw/ there",
+    ),
+    "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
+    "shapes": (lambda args: Shapes(), ""),
+}
+
+
+def load_images(args: Args, channels: int = 3) -> tuple[np.ndarray, Tensor, Path]:
+    """The data set as uint8 images (N, C, S, S) on disk, labels (N,), and the file of the images.
+
+    The first process decodes it, once: the file's name has a digest of all that decides its
+    content. Raises fid.UserError for a data set that is missing, unreadable or too small.
+    """
+
+    def prepare_cache() -> tuple[str, list[int]]:
+        open_source, how = SOURCES[args.dataset]
+        try:
+            source = open_source(args)
+        except (RuntimeError, OSError, ModuleNotFoundError) as error:
+            where = f"not found in {Path(args.data_dir).absolute()}: {' '.join(str(error).split())}"
+            raise fid.UserError(f"--dataset {args.dataset} {where}; {how}") from error
+        shape = (len(source), channels, args.img_size, args.img_size)
+        must = f"be at most {shape[0]}, the number of images"
+        require(args.batch_size <= shape[0], "batch_size", must, args.batch_size)
+        key = json.dumps([args.dataset, shape, args.crop, getattr(source, "key", None)])
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        path = Path(args.data_dir) / "cache" / f"{args.dataset}-{args.img_size}-{digest}.npy"
+        if not path.exists():
+            fid.cache_images(source, path, shape, args.crop, args.num_workers)
+        return str(path), [int(y) for y in getattr(source, "targets", [0] * shape[0])]
+
+    path, labels = fid.on_main(prepare_cache)
+    return np.load(path, mmap_mode="c"), torch.tensor(labels), Path(path)
+
+
+def endless_batches(
+    images: np.ndarray, labels: Tensor, args: Args, device: torch.device, index: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's shares of the batches from `index` on: images in [-1, 1], labels.
+
+    Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
+    quarter of its free memory; else a thread reads ahead from the disk into pinned memory.
+    """
+    cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
+    pinned = cuda and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4
+    data = [torch.from_numpy(images), labels]
+    data = [part.to(device) for part in data] if cuda and not pinned else data
+
+    @functools.lru_cache(1)
+    def order(epoch: int) -> Tensor:
+        shuffle = torch.Generator().manual_seed(args.seed * 2**20 + epoch)
+        return torch.randperm(len(images), generator=shuffle).to(data[0].device)
+
+    def read(index: int) -> list[Tensor]:
+        epoch, place = divmod(index, len(images) // size)
+        rows = order(epoch)[place * size : (place + 1) * size].chunk(world)[rank]
+        return [part[rows].pin_memory() if pinned else part[rows] for part in data]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, index)
+        for following in itertools.count(index + 1):
+            batch, ahead = ahead.result(), pool.submit(read, following)
+            real, y = (part.to(device, non_blocking=True) for part in batch)
+            yield real.float().div_(127.5).sub_(1), y
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Run
+# --------------------------------------------------------------------------------------------------
+FORMAT = 1  # of the checkpoints
+FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
+    "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
+    "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
+    "num_samples", "fid_batch_size", "epochs", "fid_distinct", "query_pixels",
+}  # fmt: skip
+
+
+def setup(args: Args) -> torch.device:
+    """Choose this process's device and join the other processes."""
+    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    device = torch.device(name if args.device in ("auto", "cuda") else args.device)
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
+        # while the first process decodes the data set.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    return device
+
+
+def run_folder(args: Args) -> Path:
+    """Where a run with these flags lives."""
+    name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
+    return Path(args.out_dir) / name
+
+
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        origin = state["script"], state["format"]
+    except Exception as error:  # the unpickler of a damaged file can raise anything
+        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
+        raise fid.UserError(f"{path} is {reason}") from error
+    if origin != (Path(__file__).stem, FORMAT):
+        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
+    return state
+
+
+class Run:
+    """One training run: precision, noise, updates, run folder, log, checkpoint, signals.
+
+    `parts` are what a checkpoint holds: the networks "G", "D", their optimisers "g_opt", "d_opt".
+    `step` counts finished generator updates; everything is logged and named by it.
+    """
+
+    def __init__(self, args: Args, device: torch.device, **parts) -> None:
+        self.args, self.device, self.parts, self.folder = args, device, parts, run_folder(args)
+        self.rank, self.world = fid.processes()
+        self.step, self.best_fid, self.signal = 0, math.inf, 0
+        self.keys, self.rows = [], []  # names, and values of each step since the last log line
+        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
+        if args.amp == "auto" and device.type == "cuda":
+            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        fp16 = self.dtype == torch.float16
+        self.parts["scaler"] = self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.noise = torch.Generator(device)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
+        self.open()
+        self.seed()
+        self.clock = time.perf_counter()
+
+    def open(self) -> None:
+        """Make the run folder, or with --resume take up its checkpoint, and start the log."""
+        checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        if fid.on_main(lambda: self.folder.exists() and not self.args.resume):
+            how = "add --resume to go on with it, or choose another --exp-name"
+            raise fid.UserError(f"{self.folder} holds a run: {how}")
+        if fid.on_main(checkpoint.exists):
+            self.restore(load_checkpoint(checkpoint))
+        if self.rank > 0:
+            return
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        cuda = self.device.type == "cuda"
+        about = {
+            "args": asdict(self.args),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        }
+        with fid.atomic(self.folder / "args.json") as temporary:
+            temporary.write_text(json.dumps(about, indent=2))
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
+        with fid.atomic(log) as temporary:
+            temporary.write_text("".join(kept))
+        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        fid.say(f"{self.folder}: from step {self.step}")
+
+    def seed(self) -> None:
+        """Make the noise of the coming step a function of the seed and the step alone.
+
+        Every process draws the noise of the whole batch and keeps its share, so that the result
+        does not depend on their number; dropout and the like draw from a stream of their own.
+        """
+        self.noise.manual_seed(self.args.seed * 2**40 + self.step)
+        torch.manual_seed((self.args.seed + self.rank + 1) * 2**40 + self.step)
+
+    def draw(self, sampler: Callable[..., Tensor], *shape: int) -> Tensor:
+        """This process's share of noise of the given global shape, by torch.randn or torch.rand."""
+        noise = sampler(shape, generator=self.noise, device=self.device)
+        return noise.chunk(self.world)[self.rank]
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the forward passes."""
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not None)
+
+    def update(self, loss: Tensor, net: str) -> Tensor:
+        """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
+        opt, parameters = self.parts[f"{net.lower()}_opt"], list(self.parts[net].parameters())
+        found = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
+        parameters = [p for p, grad in zip(parameters, found) if grad is not None]
+        grads = [grad for grad in found if grad is not None]
+        if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            shares = flat.div_(self.world).split([grad.numel() for grad in grads])
+            grads = [share.view_as(grad) for share, grad in zip(shares, grads)]
+        for parameter, grad in zip(parameters, grads):
+            parameter.grad = grad
+        self.scaler.unscale_(opt)
+        norm = nn.utils.get_total_norm(grads)
+        self.scaler.step(opt)
+        self.scaler.update()
+        return norm
+
+    def collect(self, terms: dict[str, Tensor]) -> bool:
+        """Count a finished step and keep its terms, all on the device; whether to stop now."""
+        self.step += 1
+        self.keys = list(terms)
+        self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
+        if self.device.type == "cpu" and self.world == 1 and not self.rows[-1].isfinite().all():
+            self.means()
+        self.seed()
+        if self.world > 1:  # a signal to any process stops all of them at the same step
+            shared = torch.tensor(self.signal)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            self.signal = int(shared)
+        return self.signal > 0
+
+    def due(self, every: int) -> bool:
+        """Whether something done every so many steps (0: never), and at the end, is due."""
+        return every > 0 and (self.step % every == 0 or self.step == self.args.total_steps)
+
+    def means(self) -> dict[str, float]:
+        """Means of the collected terms; FloatingPointError names the first that is not finite."""
+        rows = torch.stack(self.rows)
+        if self.world > 1:
+            dist.all_reduce(rows)
+        rows = rows.cpu().double() / self.world
+        for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
+            step = self.step - len(rows) + 1 + row
+            raise FloatingPointError(f"{self.keys[column]} is {rows[row, column]:g} at step {step}")
+        return dict(zip(self.keys, rows.mean(0).tolist()))
+
+    def log_interval(self, extra: dict[str, float]) -> None:
+        """Log the interval's means, `extra` and the speed, pauses included; print one line."""
+        values, now, total = self.means() | extra, time.perf_counter(), self.args.total_steps
+        rate = len(self.rows) / (now - self.clock)
+        self.rows, self.clock = [], now
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device)
+        values["perf/steps_per_sec"] = rate
+        values["perf/img_per_sec"] = rate * self.args.batch_size
+        values["perf/max_mem_gb"] = memory / 1e9
+        self.log(values)
+        left = timedelta(seconds=round((total - self.step) / rate))
+        losses = f"loss/d {values['loss/d']:.4f}  loss/g {values['loss/g']:.4f}"
+        done = f"step {self.step}/{total} ({self.step / total:.1%})"
+        fid.say(f"{done}  {rate:.3g} steps/s  {left} left  {losses}")
+
+    def log(self, values: dict[str, float]) -> None:
+        """Append values to log.jsonl and TensorBoard under the present step."""
+        if self.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            for key, value in values.items():
+                self.board.add_scalar(key, value, self.step)
+            self.board.flush()
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """Write what a bit-identical continuation needs; noise and data follow from the step."""
+        if self.rows:
+            self.means()  # no checkpoint of a run that has gone wrong
+        if self.rank > 0:
+            return
+        state = {
+            "format": FORMAT, "script": Path(__file__).stem, "args": asdict(self.args),
+            "step": self.step, "best_fid": self.best_fid, "keys": self.keys, "rows": self.rows,
+            "parts": {key: part.state_dict() for key, part in self.parts.items()},
+        }  # fmt: skip
+        with fid.atomic(self.folder / name) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)
+
+    def restore(self, state: dict) -> None:
+        """Take up a checkpoint (fid.UserError where its flags differ from this run's)."""
+        old, new = state["args"], asdict(self.args)
+        differing = [
+            f"--{flag.replace('_', '-')} was {old.get(flag)}, is {new.get(flag)}"
+            for flag in sorted(old | new)
+            if flag not in FREE_FLAGS and old.get(flag) != new.get(flag)
+        ]
+        if differing:
+            raise fid.UserError(f"{self.folder} cannot be resumed: {'; '.join(differing)}")
+        for key, part in self.parts.items():
+            part.load_state_dict(state["parts"][key])
+        self.step, self.best_fid, self.keys = state["step"], state["best_fid"], state["keys"]
+        self.rows = [row.to(self.device) for row in state["rows"]]
+
+    def on_signal(self, number: int, frame: object) -> None:
+        """Finish the step and save; a second signal ends the run at once."""
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        fid.say(f"{signal.Signals(number).name}: finishing the step, then saving")
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# --------------------------------------------------------------------------------------------------
+def eval_noise(args: Args, count: int) -> Tensor:
+    """The first `count` noise vectors (count, z_dim) of every grid, sample and evaluation."""
+    return torch.randn(count, args.z_dim, generator=torch.Generator().manual_seed(args.eval_seed))
+
+
+@torch.no_grad()
+def generate(G: nn.Module, z: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise z (N, z_dim), by G in eval mode."""
+    training, device = G.training, next(G.parameters()).device
+    images = G.eval()(z.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+    G.train(training)
+    return images.to(torch.uint8)
+
+
+def write_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG."""
+    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
+    with fid.atomic(path) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+
+
+def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
+    """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
+    if 0 < args.fid_real < len(images):
+        images = images[:: len(images) // args.fid_real][: args.fid_real]
+    moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
+    real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
+    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
+    scores = fid.score_generator(
+        inception, lambda first, n: generate(G, z[first : first + n]), args.fid_num, size, real
+    )
+    text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
+    fid.say(f"{text}{inception.label and ': '}{inception.label}")
+    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+
+
+def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
+    """Args with the checkpoint's data and architecture, the device, G, D, the run's folder."""
+    path = Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
+    state = load_checkpoint(path)
+    if unknown := state["args"].keys() ^ asdict(args).keys():
+        raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
+    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
+    device = setup(args)
+    nets = {"G": Generator(args), "D": Discriminator(args)}
+    for key, net in nets.items():
+        net.load_state_dict(state["parts"][key])
+        net.to(device).eval()
+    fid.say(f"{path}: step {state['step']}")
+    return args, device, nets["G"], nets["D"], path.parent
+
+
+def plot(path: Path, log: Path, keys: list[str]) -> None:
+    """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    image = Image.new("RGB", (640, 200 * len(keys)), "white")
+    draw = ImageDraw.Draw(image)
+    for top, key in zip(range(0, image.height, 200), keys):
+        steps, values = np.array([(r["step"], r[key]) for r in records if key in r] or [(0, 0)]).T
+        x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
+        y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
+        draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
+        draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
+        text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
+        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
+    with fid.atomic(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def replica_fid(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray) -> float:
+    """FID as the public code computed it: `fid_distinct` images a side, repeated to 10,000 or more.
+
+    Every image is stretched to its own minimum and maximum. With batch 2048 the 608 images of an
+    epoch's last batch became 10,336 files: a covariance of rank 607 at most, so the value is too
+    high. It explains the published values and is comparable with nothing else.
+    """
+    n, sides = min(args.fid_distinct, len(images)), []
+    fakes = torch.cat([generate(G, z).cpu() for z in eval_noise(args, n).split(100)])
+    for part in (torch.tensor(images[-n:]), fakes):
+        one, repeated = (fid.Moments(device=inception.device) for _ in range(2))
+        for batch in part.split(args.fid_batch_size):
+            low, high = batch.amin((1, 2, 3), True).int(), batch.amax((1, 2, 3), True).int()
+            stretched = (batch - low) * 255 / (high - low).clamp_min(1)
+            one.update(inception(stretched.round().to(torch.uint8))[0])
+        for _ in range(math.ceil(10_000 / n)):
+            repeated.merge(one)
+        sides.append(repeated)
+    return fid.frechet_distance(*sides)
+
+
+def evaluate(args: Args) -> dict[str, float]:
+    """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
+    args, device, G, _, folder = open_checkpoint(args)
+    inception = fid.load_inception(args.fid_weights, device)
+    images, _, path = load_images(args, args.channels)
+    scores = score(args, inception, G, images, path)
+    if args.fid_distinct:
+        scores["metric/replica_of_public_code"] = value = replica_fid(args, inception, G, images)
+        about = f"{args.fid_distinct} images repeated, not FID's protocol: explains Table 2 only"
+        fid.say(f"replica of the public code {value:.6g} ({about})")
+    record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
+    if fid.processes()[0] == 0:
+        with fid.atomic(folder / "evaluate.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2))
+    return scores
+
+
+def sample(args: Args) -> None:
+    """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
+    args, _, G, _, folder = open_checkpoint(args)
+    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
+    images = torch.cat([generate(G, z).cpu() for z in parts])
+    (folder / "generated").mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    write_grid(folder / "generated.png", images, math.isqrt(len(images)))
+    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
+
+
+@torch.no_grad()
+def attention_figure(args: Args, G: nn.Module, z: Tensor) -> tuple[Tensor, int]:
+    """uint8 cells (cells, 3, 128, 128) and their columns: a row for each image and query pixel.
+
+    A row has the image with the query pixel in red, then what each attention block gives that
+    pixel, brightest = its largest weight. Pooled maps have half the side; all are enlarged.
+    """
+    images, maps, cells = generate(G, z).expand(-1, 3, -1, -1), G.attention_maps(z), []
+    for n, image in enumerate(images.cpu()):
+        for row, column in args.query_pixels:
+            marked = image.clone()
+            around = slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2)
+            marked[:, *around] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None]
+            line = [marked]
+            for weights in maps.values():
+                side, seen = (math.isqrt(size) for size in weights.shape[1:])
+                query = row * side // args.img_size * side + column * side // args.img_size
+                grey = weights[n, query].view(1, seen, seen) / weights[n, query].max() * 255
+                line += [grey.round().to(torch.uint8).cpu().expand(3, -1, -1)]
+            cells += [F.interpolate(cell[None], size=128, mode="nearest") for cell in line]
+    return torch.cat(cells), 1 + len(maps)
+
+
+PUBLISHED = {  # FID on MNIST, Fashion-MNIST: Tables 2 and 3
+    "dcgan": (45.7734, 86.5129), "wgan-div": (83.1224, 104.1503), "sngan": (26.0231, 46.9646),
+    "a": (86.7291, 127.7808), "b": (59.8766, 107.4283), "c": (101.1107, 153.7099),
+    "d": (55.6425, 100.8650),
+}  # fmt: skip
+
+
+def read_runs(out_dir: Path) -> list[dict]:
+    """Flags, steps, best and last FID (nan: none) of each of this script's runs under out_dir."""
+    runs = []
+    for path in sorted(out_dir.glob(f"{Path(__file__).stem}__*/args.json")):
+        args, fids, step = json.loads(path.read_text())["args"], [], 0
+        log, evaluation = path.with_name("log.jsonl"), path.with_name("evaluate.json")
+        for record in map(json.loads, log.read_text().splitlines() if log.exists() else []):
+            step = record["step"]
+            if "metric/fid" in record and args["fid_weights"] != "random":
+                fids.append(record["metric/fid"])
+        record = json.loads(evaluation.read_text()) if evaluation.exists() else {}
+        if record.get("weights", "random") != "random":
+            fids.append(record["metric/fid"])
+        best, last = (min(fids), fids[-1]) if fids else (math.nan, math.nan)
+        runs.append({**args, "folder": path.parent.name, "step": step, "best": best, "last": last})
+    return runs
+
+
+def ordering(fids: dict[str, float]) -> str:
+    """Whether FIDs by method have the paper's order d < b < a < c."""
+    values = [fids.get(method, math.nan) for method in "dbac"]
+    if any(math.isnan(value) for value in values):
+        return "not to be told, FIDs are missing"
+    return "holds" if values == sorted(set(values)) else "does not hold"
+
+
+def report(out_dir: Path) -> str:
+    """Tables 2 and 3 from the run folders beside the published numbers, as Markdown.
+
+    A run counts for its row under its default name (no --exp-name) and by its best FID, as the
+    paper's do; the mean over seeds. Every run is listed, with what may differ from the others.
+    """
+    runs, cells, orders = read_runs(out_dir), {}, []
+    for i, dataset in enumerate(("mnist", "fashion-mnist")):
+        means = {}
+        for method in PUBLISHED:
+            best = [
+                run["best"] for run in runs
+                if (run["dataset"], run["exp_name"]) == (dataset, method)
+                and run["method"] == method and not math.isnan(run["best"])
+            ]  # fmt: skip
+            if best:
+                means[method] = float(np.mean(best))
+            spread = f" ± {np.std(best, ddof=1):.2f}" if len(best) > 1 else ""
+            seeds = f"{means[method]:.2f}{spread} ({len(best)} seeds)" if best else "not run"
+            cells[method, i] = f"{PUBLISHED[method][i]:.4f} | {seeds}"
+        published = ordering({method: fids[i] for method, fids in PUBLISHED.items()})
+        orders.append(f"- {dataset}: published {published}; ours: {ordering(means)}")
+    head = ["| method | MNIST, paper | MNIST, ours | Fashion, paper | Fashion, ours |"]
+    head += ["|---|---|---|---|---|"]
+    tables = [
+        head + [f"| {method} | {cells[method, 0]} | {cells[method, 1]} |" for method in methods]
+        for methods in (("dcgan", "wgan-div", "sngan", "d"), "abcd")
+    ]
+    shown = ("folder", "step", "batch_size", "g_ch", "d_ch", "recipe", "fid_num", "best", "last")
+    rows = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
+    rows += [f"| {' | '.join(str(run[key]) for key in shown)} |" for run in runs]
+    parts = [["# FID, lower is better", "", "## Table 2", ""], tables[0], ["", "## Table 3", ""]]
+    parts += [tables[1], ["", "Order d < b < a < c", *orders, "", "## Runs", ""], rows]
+    return "\n".join(line for part in parts for line in part) + "\n"
+
+
+def figures(args: Args) -> None:
+    """Mode figures: samples, attention, curves, and Tables 2 and 3 from all runs in out_dir."""
+    out_dir = Path(args.out_dir)
+    args, device, G, _, folder = open_checkpoint(args)
+    images, _, _ = load_images(args, args.channels)
+    n, target = args.num_samples, folder / "figures"
+    target.mkdir(exist_ok=True)
+    z = eval_noise(args, n)
+    write_grid(target / "samples.png", generate(G, z), math.isqrt(n))
+    write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
+    write_grid(target / "attention.png", *attention_figure(args, G, z[:4].to(device)))
+    keys = ["loss/d", "loss/g", "logit/gap", "loss/d_reg", "metric/fid"]
+    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    logged = sorted({key for record in records for key in record})
+    keys += [key for key in logged if key.startswith(("grad/", "train/gamma"))]
+    plot(target / "curves.png", folder / "log.jsonl", keys)
+    with fid.atomic(target / "report.md") as temporary:
+        temporary.write_text(report(out_dir))
+    fid.say(f"samples, real, attention, curves and report.md (Tables 2 and 3) are in {target}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training
+# --------------------------------------------------------------------------------------------------
+def train(args: Args) -> dict[str, float]:
+    """Train from the start or from the run's checkpoint; the last evaluation's metrics."""
+    device = setup(args)
+    inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
+    images, labels, path = load_images(args, args.channels)
+    torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
+    if args.epochs:
+        batches_seen = args.epochs * (len(images) // args.batch_size)
+        args.total_steps = math.ceil(batches_seen / args.n_critic)
+    G, D = Generator(args).to(device), Discriminator(args).to(device)
+    g_opt, d_opt = (
+        torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True)
+        for net, lr in ((G, args.g_lr), (D, args.d_lr))
+    )
+    run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
+    batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
+    loss = LOSS[args.recipe][args.method]
+    d_real, d_fake, g_fake = ADVERSARIAL[loss]
+    if loss == "wasserstein" and any(isinstance(m, nn.BatchNorm2d) for m in D.modules()):
+        fid.warn("batch norm in D: the gradients that the penalty is taken of mix samples")
+    n, stop, metrics = args.batch_size, False, {}
+
+    while run.step < args.total_steps and not stop:
+        for _ in range(args.n_critic):
+            real, _ = next(batches)
+            if args.hflip:
+                real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
+            with run.autocast(), torch.no_grad():
+                fake = G(run.draw(torch.randn, n, args.z_dim)).float()
+            if loss == "wasserstein":
+                between = args.div_points == "interp"
+                u = run.draw(torch.rand, n, 1, 1, 1) if between else None
+                real_logits, fake_logits, slopes = critic(D, real, fake, u)
+                d_reg = divergence_penalty(slopes, args.div_k, args.div_p)
+            else:
+                with run.autocast():
+                    real_logits, fake_logits = D(real).float(), D(fake).float()
+                slopes, d_reg = {}, torch.zeros((), device=device)
+            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+            d_loss = d_loss_real + d_loss_fake + args.div_scale * d_reg
+            d_norm = run.update(d_loss, "D")
+
+        with run.autocast():
+            logits = D(G(run.draw(torch.randn, n, args.z_dim))).float()
+        g_loss = g_fake(logits).mean()
+        g_norm = run.update(g_loss, "G")
+
+        terms = {
+            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
+            "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+            "logit/gap": real_logits.mean() - fake_logits.mean(),  # the W estimate of a critic
+        }  # fmt: skip
+        for where, slope in slopes.items():
+            terms |= {f"grad/x_{where}_mean": slope.mean(), f"grad/x_{where}_max": slope.max()}
+        stop = run.collect(terms)
+        if run.due(args.log_every):
+            gains = {
+                f"train/gamma_{name.split('.')[1]}": value.item()
+                for name, value in G.named_parameters()
+                if name.endswith(".gamma")
+            }
+            run.log_interval(gains)
+        if run.due(args.sample_every) and run.rank == 0:
+            grid = generate(G, eval_noise(args, args.num_samples))
+            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
+        if run.due(args.eval_every):
+            metrics = score(args, inception, G, images, path)
+            run.log(metrics)
+            if metrics["metric/fid"] < run.best_fid:
+                run.best_fid = metrics["metric/fid"]
+                run.save("best.pt")
+        if stop or run.due(args.save_every):
+            run.save()
+    if stop:
+        fid.say(f"stopped at step {run.step}; the same command with --resume goes on")
+        raise SystemExit(128 + run.signal)
+    fid.say(f"done: {run.folder} (samples/, log.jsonl, checkpoint.pt)")
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Main
+# --------------------------------------------------------------------------------------------------
+def main() -> None:
+    """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
+    args = parse()
+    modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
+    try:
+        check_args(args)
+        if args.dry_run:
+            nets = {"G": Generator(args), "D": Discriminator(args)}
+            params = {key: sum(p.numel() for p in net.parameters()) for key, net in nets.items()}
+            print(json.dumps({"args": asdict(args), "params": params}))
+        else:
+            modes[args.mode](args)
+    except (fid.UserError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""Each script from its command line: modes, resume, kill, processes. Bit for bit on the CPU."""
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPTS, VARIANTS, start, tiny
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+every_variant = pytest.mark.parametrize(
+    ("script", "flags"),
+    [(script, flags) for script in SCRIPTS for flags in VARIANTS[script]],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value).replace("--", ""),
+)
+
+
+def run_folder() -> Path:
+    (folder,) = Path("runs").iterdir()
+    return folder
+
+
+def log(folder: Path) -> list[dict]:
+    """The log without what a clock decides."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in records]
+
+
+def same(a, b) -> bool:
+    """Whether two checkpoints agree in every bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(folder: Path) -> dict:
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    for name in ("out_dir", "resume", "total_steps", "data_dir"):
+        checkpoint["args"].pop(name)
+    return checkpoint
+
+
+@every_script
+def test_a_run_leaves_what_it_says(script, call):
+    code, out, err = call(script, *tiny(script))
+    assert code == 0, err
+    folder = run_folder()
+    assert folder.name.startswith(f"{script}__shapes__") and folder.name.endswith("__s1")
+    assert {path.name for path in (folder / "samples").iterdir()} == {"0000002.png", "0000004.png"}
+    records = log(folder)
+    assert [r["step"] for r in records] == [2, 4]
+    assert {"loss/d", "loss/g", "logit/real", "logit/fake", "grad/d_norm"} <= records[0].keys()
+    checkpoint = state(folder)
+    assert checkpoint["step"] == 4 and checkpoint["script"] == script
+    about = json.loads((folder / "args.json").read_text())
+    assert about["torch"] == torch.__version__ and about["device"] == "cpu"
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert "step 4/4 (100.0%)" in out and str(folder) in out
+
+
+@every_script
+def test_evaluate_sample_and_figures_of_a_checkpoint(script, call):
+    few = ["--fid-num", "10", "--fid-real", "12", "--fid-batch-size", "5", "--fid-weights", "random"]
+    code, out, err = call(script, *tiny(script, "--eval-every", "4", *few))
+    assert code == 0, err
+    folder = run_folder()
+    trained = log(folder)[-1]
+    assert (folder / "best.pt").exists() and trained["step"] == 4
+    assert "comparable with nothing" in out + err
+    args = ["--dataset", "shapes", "--exp-name", folder.name.split("__")[2], *few]
+    code, out, err = call(script, *args, "--mode", "evaluate")
+    assert code == 0, err
+    scores = json.loads((folder / "evaluate.json").read_text())
+    metrics = {key: value for key, value in trained.items() if key.startswith("metric/")}
+    assert metrics and {key: scores[key] for key in metrics} == pytest.approx(metrics, rel=1e-4)
+    code, _, err = call(script, *args, "--mode", "sample", "--num-samples", "5")
+    assert code == 0, err
+    assert len(list((folder / "generated").glob("*.png"))) == 5
+    code, _, err = call(script, *args, "--mode", "figures", "--num-samples", "4")
+    assert code == 0, err
+    assert list((folder / "figures").glob("*.png"))
+
+
+@every_variant
+def test_every_variant_trains(script, flags, call):
+    code, _, err = call(script, *tiny(script, *flags, "--total-steps", "2"))
+    assert code == 0, err
+    assert log(run_folder())[-1]["step"] == 2
+
+
+@every_script
+def test_dry_run_counts_and_writes_nothing(script, call, tmp_path):
+    code, out, _ = call(script, "--dry-run")
+    record = json.loads(out)
+    assert code == 0 and record["params"].keys() == {"G", "D"} and record["args"]["dry_run"]
+    assert all(isinstance(n, int) and n > 0 for n in record["params"].values())
+    assert not list(tmp_path.iterdir())
+
+
+@every_script
+def test_same_seed_same_log_and_kill_plus_resume_is_the_whole_run(script, call, monkeypatch):
+    """4 steps == 3 steps, ended inside a log interval, and 1 more; another seed is another run."""
+    flags = tiny(script, "--sample-every", "0", "--log-every", "4", "--save-every", "3")
+    for name in ("whole", "again", "other"):
+        seed = ["--seed", "2"] if name == "other" else []
+        assert call(script, *flags, "--out-dir", f"out-{name}", *seed)[0] == 0
+    whole, again, other = (next(Path(f"out-{n}").iterdir()) for n in ("whole", "again", "other"))
+    assert log(whole) == log(again) and same(state(whole), state(again))
+    assert log(whole) != log(other)
+    module = sys.modules[script]
+    monkeypatch.setattr(module.Run, "save", stop_after(module.Run.save, 3))
+    with pytest.raises(KeyboardInterrupt):
+        call(script, *flags, "--out-dir", "out-parts")
+    monkeypatch.undo()
+    (parts,) = Path("out-parts").iterdir()
+    assert state(parts)["step"] == 3
+    code, out, err = call(script, *flags, "--out-dir", "out-parts", "--resume")
+    assert code == 0, err
+    assert "from step 3" in out
+    assert log(parts) == log(whole) and same(state(parts), state(whole))
+
+
+def stop_after(save, step):
+    """Run.save, and an end of the process right after the save of one step."""
+
+    def wrapped(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    return wrapped
+
+
+@every_script
+def test_a_changed_flag_is_refused_and_a_free_one_is_not(script, call):
+    assert call(script, *tiny(script, "--total-steps", "2"))[0] == 0
+    code, _, err = call(script, *tiny(script, "--d-lr", "0.5", "--beta1", "0.25", "--resume"))
+    assert code == 2 and err.count("\n") == 1
+    assert "--d-lr was" in err and "is 0.5" in err and "--beta1 was" in err
+    before = state(run_folder())
+    code, _, err = call(script, *tiny(script))
+    assert code == 2 and "--resume" in err and "--exp-name" in err
+    assert same(state(run_folder()), before)
+    code, _, err = call(script, *tiny(script, "--resume", "--log-every", "1", "--save-every", "1"))
+    assert code == 0, err
+    assert [r["step"] for r in log(run_folder())] == [2, 3, 4]
+
+
+def storm(script: str, kills: int, tmp_path: Path, flags: list[str]) -> None:
+    """Kill a run at random moments, resume it each time, compare with one that was left alone."""
+    rng = random.Random(0)
+    assert start(script, *flags, "--out-dir", "calm", cwd=tmp_path).wait() == 0
+    began = time.monotonic()
+    assert start(script, *flags, "--out-dir", "calm2", cwd=tmp_path).wait() == 0
+    whole, done = time.monotonic() - began, 0
+    for _ in range(kills):
+        process = start(script, *flags, "--out-dir", "storm", "--resume", cwd=tmp_path)
+        try:
+            process.wait(timeout=rng.uniform(0.4, 1.0) * whole)
+            done += 1
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(script, *flags, "--out-dir", "storm", "--resume", cwd=tmp_path)
+    err = process.communicate()[1]
+    assert process.returncode == 0, err
+    calm, stormy = (next((tmp_path / name).iterdir()) for name in ("calm", "storm"))
+    assert log(calm) == log(stormy) and same(state(calm), state(stormy))
+    assert done < kills, "no kill hit the run"
+
+
+def test_sigkill_at_random_moments_loses_nothing(tmp_path):
+    few = ["--fid-num", "10", "--fid-real", "10", "--eval-every", "9", "--fid-weights", "random"]
+    flags = tiny("giu_gan", "--total-steps", "24", "--save-every", "2", *few)
+    storm("giu_gan", 5, tmp_path, flags)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
+    flags = tiny("giu_gan", "--total-steps", "100000", "--save-every", "100000", "--log-every", "1")
+    process = start("giu_gan", *flags, cwd=tmp_path)
+    while "step " not in process.stdout.readline():
+        pass
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "--resume" in out and "Traceback" not in err
+    step = state(run_folder())["step"]
+    assert step > 0 and f"stopped at step {step}" in out
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def together(script: str, world: int, flags: list[str], cwd: Path) -> list[subprocess.Popen]:
+    """Start a script in several processes, as torchrun does."""
+    port = str(free_port())
+    return [
+        start(
+            script, *flags, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def test_two_processes_are_one_run(tmp_path, monkeypatch):
+    """Global batch 8 on two gloo processes = batch 8 on one, to rounding, without batch norm."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch.nn as nn\nnn.BatchNorm2d.forward = lambda self, x: x\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    few = ["--eval-every", "5", "--fid-num", "12", "--fid-real", "12", "--fid-batch-size", "5"]
+    flags = tiny("giu_gan", "--total-steps", "5", *few, "--fid-weights", "random", "--hflip")
+    for world in (1, 2):
+        for process in together("giu_gan", world, [*flags, "--out-dir", f"out{world}"], tmp_path):
+            err = process.communicate(timeout=120)[1]
+            assert process.returncode == 0, err
+    one, two = (next((tmp_path / f"out{world}").iterdir()) for world in (1, 2))
+    for a, b in zip(log(one), log(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    a, b = state(one)["parts"], state(two)["parts"]
+    for net in "GD":
+        for key in a[net]:
+            torch.testing.assert_close(a[net][key], b[net][key], rtol=0, atol=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+    flags = tiny("giu_gan", "--total-steps", "100000", "--save-every", "100000", "--log-every", "1")
+    first, second = together("giu_gan", 2, flags, tmp_path)
+    while "step " not in first.stdout.readline():
+        pass
+    second.send_signal(signal.SIGTERM)
+    for process in (first, second):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM, err
+    step = state(run_folder())["step"]
+    for process in together("giu_gan", 2, [*flags, "--total-steps", str(step), "--resume"], tmp_path):
+        assert process.communicate(timeout=60) and process.returncode == 0
+
+
+@every_script
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, call):
+    assert call(script, *tiny(script, "--total-steps", "2"))[0] == 0
+    before = state(run_folder())
+    module = sys.modules[script]
+    collect = module.Run.collect
+
+    def poisoned(self, terms):
+        if self.step == 4:
+            terms = terms | {"loss/g": terms["loss/g"] * float("inf")}
+        return collect(self, terms)
+
+    module.Run.collect = poisoned
+    try:
+        flags = ["--total-steps", "8", "--save-every", "8", "--log-every", "8", "--resume"]
+        code, _, err = call(script, *tiny(script, *flags))
+    finally:
+        module.Run.collect = collect
+    assert code == 3 and "loss/g is" in err and "at step 5" in err
+    assert same(state(run_folder()), before)
+
+
+@every_script
+def test_an_update_never_waits_for_the_device(script):
+    """Between fetching a batch and collecting the terms nothing may ask for a tensor's value."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA: torch.cuda.set_sync_debug_mode counts the waits")
+    code = (
+        "import sys, torch, {0}\n"
+        "draw = {0}.Run.draw\n"
+        "def watch(self, *a):\n"
+        "    torch.cuda.set_sync_debug_mode('error')\n"
+        "    return draw(self, *a)\n"
+        "{0}.Run.draw = watch\n"
+        "collect = {0}.Run.collect\n"
+        "def rest(self, terms):\n"
+        "    out = collect(self, terms)\n"
+        "    torch.cuda.set_sync_debug_mode('default')\n"
+        "    return out\n"
+        "{0}.Run.collect = rest\n"
+        "{0}.main()\n"
+    ).format(script)
+    done = subprocess.run([sys.executable, "-c", code, *tiny(script)], cwd=ROOT)
+    assert done.returncode == 0
+
+
+@every_script
+def test_a_copy_of_the_script_and_fid_alone_trains(script, tmp_path):
+    for name in (f"{script}.py", "fid.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    command = [sys.executable, f"{script}.py", *tiny(script, "--total-steps", "1")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
