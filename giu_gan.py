@@ -225,8 +225,9 @@ def check_common(args: Args) -> None:
     require(training or not args.resume, "resume", "go with --mode train", args.mode)
     must = "stay empty with --mode train (--resume goes on with a run)"
     require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
-    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+    kind, cuda = args.device.partition(":")[0], torch.cuda.is_available()
+    must = "be auto, cpu, cuda or cuda:N" if cuda else "be cpu: PyTorch sees no CUDA device"
+    require(kind in ("auto", "cpu", "cuda" if cuda else "cpu"), "device", must, args.device)
 
 
 def check_args(args: Args) -> None:
@@ -888,7 +889,7 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
     )
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
-    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+    return {f"metric/{key}": value for key, value in scores.items()}
 
 
 def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
@@ -897,7 +898,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -931,10 +932,9 @@ def evaluate(args: Args) -> dict[str, float]:
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
     scores = score(args, inception, G, images, path)
-    record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
     return scores
 
 
@@ -1088,6 +1088,8 @@ def main() -> None:
     except (fid.UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

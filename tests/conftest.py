@@ -1,10 +1,13 @@
 """Shared by all tests: the scripts, how to run one, tiny settings. No network, no GPU."""
 
+import atexit
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,14 @@ os.environ["TORCH_HOME"] = str(ROOT / "tests" / "no-weights-here")  # never a ca
 ORDER = ["giu_gan", "sagan_div", "sagan_dogs", "gca_gan", "an_gan", "an_inpaint"]
 SCRIPTS = [name for name in ORDER if (ROOT / f"{name}.py").exists() and name in ("giu_gan",)]
 
+# The drawn images are decoded once for all tests.
+SHAPES = tempfile.mkdtemp(prefix="shapes-")
+atexit.register(shutil.rmtree, SHAPES, ignore_errors=True)
 # A run of seconds on one core.
 QUICK = [
     "--dataset", "shapes", "--total-steps", "4", "--log-every", "2", "--sample-every", "2",
     "--eval-every", "0", "--save-every", "2", "--num-workers", "0", "--num-samples", "4",
+    "--data-dir", SHAPES,
 ]  # fmt: skip
 # The flags that make each script's networks small, and its other models and variants.
 TINY = {"giu_gan": ["--batch-size", "8", "--g-ch", "16", "--d-ch", "16"]}

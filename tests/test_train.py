@@ -77,12 +77,13 @@ def test_evaluate_sample_and_figures_of_a_checkpoint(script, call):
     trained = log(folder)[-1]
     assert (folder / "best.pt").exists() and trained["step"] == 4
     assert "comparable with nothing" in out + err
-    args = ["--dataset", "shapes", "--exp-name", folder.name.split("__")[2], *few]
+    args = tiny(script, *few)
     code, out, err = call(script, *args, "--mode", "evaluate")
     assert code == 0, err
     scores = json.loads((folder / "evaluate.json").read_text())
     metrics = {key: value for key, value in trained.items() if key.startswith("metric/")}
     assert metrics and {key: scores[key] for key in metrics} == pytest.approx(metrics, rel=1e-4)
+    assert scores["metric/n_fake"] == 10 and scores["metric/n_real"] == 12 and scores["sha256"]
     code, _, err = call(script, *args, "--mode", "sample", "--num-samples", "5")
     assert code == 0, err
     assert len(list((folder / "generated").glob("*.png"))) == 5
@@ -118,10 +119,9 @@ def test_same_seed_same_log_and_kill_plus_resume_is_the_whole_run(script, call, 
     assert log(whole) == log(again) and same(state(whole), state(again))
     assert log(whole) != log(other)
     module = sys.modules[script]
-    monkeypatch.setattr(module.Run, "save", stop_after(module.Run.save, 3))
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module.Run, "save", stop_after(module.Run.save, 3))
         call(script, *flags, "--out-dir", "out-parts")
-    monkeypatch.undo()
     (parts,) = Path("out-parts").iterdir()
     assert state(parts)["step"] == 3
     code, out, err = call(script, *flags, "--out-dir", "out-parts", "--resume")
@@ -130,13 +130,17 @@ def test_same_seed_same_log_and_kill_plus_resume_is_the_whole_run(script, call, 
     assert log(parts) == log(whole) and same(state(parts), state(whole))
 
 
+class Killed(BaseException):
+    """What nothing catches."""
+
+
 def stop_after(save, step):
     """Run.save, and an end of the process right after the save of one step."""
 
     def wrapped(self, *args, **kwargs):
         save(self, *args, **kwargs)
         if self.step == step:
-            raise KeyboardInterrupt
+            raise Killed
 
     return wrapped
 
