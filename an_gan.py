@@ -8,7 +8,7 @@ A feature map is split softly into n regions by learned entity filters; each reg
 its own statistics, and the regions are blended and added back (attentive normalization, AN). It
 takes the place of self-attention as the long-range module, at a cost linear in the pixels. Hinge
 GAN with spectral norm, conditional batch norm and a projection discriminator; the comparisons of
-Table 1 are here too: SN-GAN, SN-GAN* (spectral norm in both nets), SA-GAN, AC-GAN.
+Table 1 are here too: SN-GAN (spectral norm in D only), SN-GAN* (in both), SA-GAN, AC-GAN.
 
     python an_gan.py --dataset imagenet --data-dir imagenet      # Table 1, AN, ImageNet 128x128
     python an_gan.py --dataset cifar10 --model sagan             # self-attention, CIFAR-10
@@ -167,7 +167,7 @@ class Args:
     """classes of mode figures, interpolated each to the next; empty: the paper's, or the first 4"""
     # Paper
     model: Literal["an", "sagan", "sngan-star", "sngan"] = "an"
-    """row of Table 1; sngan-star has spectral norm in both networks, sngan in D only"""
+    """row of the paper's tables"""
     conditioning: Literal["projection", "acgan"] = "projection"
     """the label in D: projected on the features, or guessed by a second head (AC-GAN)"""
     entities: int = 16  # Table 4
@@ -232,15 +232,16 @@ def check_common(args: Args) -> None:
     require(training or not args.resume, "resume", "go with --mode train", args.mode)
     must = "stay empty with --mode train (--resume goes on with a run)"
     require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
-    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+    kind, cuda = args.device.partition(":")[0], torch.cuda.is_available()
+    must = "be auto, cpu, cuda or cuda:N" if cuda else "be cpu: PyTorch sees no CUDA device"
+    require(kind in ("auto", "cpu", "cuda" if cuda else "cpu"), "device", must, args.device)
 
 
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
     check_common(args)
     must = "be a folder with a subfolder per class (any tree of images: add --num-classes 1)"
-    require(args.num_classes > 0, "data_dir", must, args.data_dir)
+    require(args.num_classes > 0 or args.mode != "train", "data_dir", must, args.data_dir)
     require(args.img_size in (32, 64, 128), "img_size", "be 32, 64 or 128", args.img_size)
     require(args.tau > 0, "tau", "be above 0", args.tau)
     blocks = args.d_blocks == 5 or args.img_size == 128
@@ -249,9 +250,6 @@ def check_args(args: Args) -> None:
         value, default = getattr(args, flag), getattr(Args, flag)
         require(value == default, flag, f"stay {default} without --model an", value)
     require(args.intra_num != 1, "intra_num", "be 0 or at least 2", args.intra_num)
-    for label in args.figure_classes:
-        must = f"be from 0 to {args.num_classes - 1}"
-        require(0 <= label < args.num_classes, "figure_classes", must, label)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,8 +258,8 @@ def check_args(args: Args) -> None:
 class ConditionalBatchNorm2d(nn.Module):
     """Batch norm whose scale and shift are those of a class (SNGAN-projection).
 
-    (N, C, H, W) -> (N, C, H, W); y is class indices (N,), or weights (N, K) of a mixture of classes,
-    whose scale and shift are then mixed (Figure 8).
+    (N, C, H, W) -> (N, C, H, W); y is class indices (N,), or weights (N, K) of a mixture of
+    classes, whose scales and shifts are then mixed (Figure 8).
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -277,11 +275,24 @@ class ConditionalBatchNorm2d(nn.Module):
         return torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None])
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
+
+    Fused kernels, which never build the H*W x h*w weights, want rows that are contiguous and
+    equally wide: zeros fill up the queries and keys and leave the logits as they are.
+    """
+    fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
+    maps = F.pad(query, fill), F.pad(key, fill), value
+    rows = (m.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for m in maps)
+    out = F.scaled_dot_product_attention(*rows, scale=1.0).squeeze(1)
+    return out.transpose(1, 2).unflatten(2, query.shape[2:])
+
+
 class PooledAttention(nn.Module):
     """Self-attention to 2x2 max-pooled keys and values (SAGAN, Zhang et al. 2019, official code).
 
-    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values C // 2;
-    the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
+    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values
+    C // 2; the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
     """
 
     def __init__(self, channels: int, bias: bool = True) -> None:
@@ -299,10 +310,8 @@ class PooledAttention(nn.Module):
         return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
-        return x + self.gamma * self.out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+        key, value = F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
+        return x + self.gamma * self.out(attend(self.query(x), key, value))
 
 
 class AttentiveNorm(nn.Module):
@@ -403,13 +412,13 @@ class AttentiveNorm(nn.Module):
         gain = (self.beta / (var + 1e-5).sqrt()).expand(len(v), -1, -1)
         shift = self.alpha - mean * gain
         # Eq. 5: sum over i of ((v - mean_i) / sigma_i * beta_i + alpha_i) * S_i
-        return torch.addcmul(shift.transpose(1, 2) @ s, v, gain.transpose(1, 2) @ s)
+        return (shift.transpose(1, 2) @ s).addcmul_(v, gain.transpose(1, 2) @ s)
 
     def forward(self, x: Tensor) -> Tensor:
         s, v = self.layout(x).flatten(2), self.value(x).flatten(2)
         with torch.autocast(x.device.type, enabled=False):
             out = self.regional_norm(v.to(s.dtype), s).view_as(x)
-            return (x + self.rho * out).to(x.dtype)
+            return torch.addcmul(x.to(out.dtype), self.rho, out).to(x.dtype)
 
 
 def xavier(layer: nn.Module, sn: bool) -> nn.Module:
@@ -508,7 +517,7 @@ class Generator(nn.Module):
         widths, sn = [w * args.g_ch for w in self.WIDTHS[args.img_size]], args.model != "sngan"
         self.linear = xavier(nn.Linear(args.z_dim, widths[0] * 16), sn)
         an = long_range(args, widths[3]) if args.model == "an" else None
-        places = enumerate(zip(widths, widths[1:]))
+        places = enumerate(itertools.pairwise(widths))
         self.blocks = nn.ModuleList(UpBlock(*w, args, an if i == 2 else None) for i, w in places)
         self.attention = long_range(args, widths[3]) if args.model == "sagan" else nn.Identity()
         self.norm = nn.BatchNorm2d(widths[-1])
@@ -979,14 +988,12 @@ def settled(args: Args, G: nn.Module) -> nn.Module:
     the training's size, of noise of their own.
     """
     G, device = copy.deepcopy(G).eval(), next(G.parameters()).device
-    noise, norms = torch.Generator().manual_seed(args.eval_seed + 1), []
-    for module in G.modules():
-        if isinstance(module, nn.BatchNorm2d) or getattr(module, "batch", False):
-            module.training, module.sampling = True, False  # its children stay in eval mode
-            norms.append(module)
+    noise = torch.Generator().manual_seed(args.eval_seed + 1)
+    kinds = (nn.BatchNorm2d, AttentiveNorm) if args.region_stats == "bn" else nn.BatchNorm2d
+    norms = [module for module in G.modules() if isinstance(module, kinds)]
     for i in range(args.bn_batches):
-        for norm in norms:
-            norm.momentum = 1 / (i + 1)
+        for norm in norms:  # their children stay in eval mode
+            norm.training, norm.sampling, norm.momentum = True, False, 1 / (i + 1)
         z = torch.randn(args.batch_size, args.z_dim, generator=noise)
         y = torch.randint(args.num_classes, (args.batch_size,), generator=noise)
         G(z.to(device), y.to(device))
@@ -1037,7 +1044,7 @@ def score_classes(
     scores = fid.score_generator(inception, draw, args.fid_num, args.fid_batch_size, real)
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
-    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+    return {f"metric/{key}": value for key, value in scores.items()}
 
 
 def score_each_class(
@@ -1081,10 +1088,10 @@ def an_module(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor]:
 
 @torch.no_grad()
 def diagnostics(args: Args, nets: dict[str, tuple]) -> dict[str, float]:
-    """Gains of the long-range modules of nets {where: (net, *inputs)}; of AN also, without sampling:
+    """State of the long-range modules of nets {where: (net, *inputs)}: their gains, and of AN
 
-    mean t, std of its output, entropy of the layout over ln n (1: uniform, plain instance norm) and
-    entities in use, those whose share of the pixels is above half of 1/n (1: one takes all).
+    in eval mode also the mean t, the deviation of its output, the layout's entropy over ln n (1:
+    uniform, plain instance norm), and the entities with a share above 0.5 / n (1: one takes all).
     """
     values = {}
     for where, (net, *inputs) in nets.items():
@@ -1109,7 +1116,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1146,11 +1153,9 @@ def evaluate(args: Args) -> dict[str, float]:
     scores = score_classes(args, inception, G, images, path)
     if args.intra_num:
         scores |= score_each_class(args, inception, G, images, labels)
-    numbers = {"n_fake": args.fid_num, "n_real": len(images), "n_fake_intra": args.intra_num}
-    record = {**scores, **numbers, **inception.protocol}
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
     return scores
 
 
@@ -1219,6 +1224,9 @@ def interpolation(args: Args, G: nn.Module, path: list[int], count: int = 8) -> 
 def figures(args: Args) -> None:
     """Mode figures: classes (Figure 7), interpolation (8), layouts (5), regions (4), curves."""
     args, device, G, _, folder = open_checkpoint(args)
+    for label in args.figure_classes:
+        must = f"be from 0 to {args.num_classes - 1}"
+        require(0 <= label < args.num_classes, "figure_classes", must, label)
     G, target, size = settled(args, G), folder / "figures", args.img_size
     target.mkdir(exist_ok=True)
     paper = args.num_classes == 1000
@@ -1340,6 +1348,8 @@ def main() -> None:
     except (fid.UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

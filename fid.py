@@ -1086,7 +1086,8 @@ def cache_images(
         raise UserError(f"{has}, the decoded images need {size / 1e9:.2f} GB")
     say(f"decoding {shape[0]} images into {path} ({size / 1e6:.0f} MB), once")
     work, broken = functools.partial(_squares, source, shape[1:], crop), []
-    loader = DataLoader(range(shape[0]), 64, num_workers=num_workers, collate_fn=work)
+    workers = min(num_workers, os.cpu_count() or 1)
+    loader = DataLoader(range(shape[0]), 64, num_workers=workers, collate_fn=work)
     with atomic(path) as temporary, Progress(shape[0], "decoding") as progress:
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
         for first, (images, errors) in zip(range(0, shape[0], 64), loader):

@@ -18,8 +18,8 @@ Differences from the paper
     C / k = H W, as in DCGAN of 512 channels at 8x8. `--gca-variant` has three other readings.
  2. "M = W_j x" is read as M = W_m x: four maps are named and only W_m is C x C.
  3. The block stands in both networks; `--block-in` puts it in one.
- 4. Widths, losses, optimisers, batch and run length are not stated: DCGAN's and SAGAN's own, every
-    one a flag that works with either network. The crop of CelebA is its central 178x178.
+ 4. Widths, losses, optimisers, batch and run length are not stated. `--model` brings its own, and
+    every flag works with either model. The crop of CelebA is its central 178x178.
  5. Initialisation is not stated: N(0, 0.02) in DCGAN, Xavier in SAGAN, Glorot for Theta, gain 0.
  6. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
  7. A is binarised only by `--gca-binarize`: the paper says that it may help some models.
@@ -157,7 +157,7 @@ class Args:
     """images of a sample grid and of mode sample"""
     # Paper
     model: Literal["dcgan", "sagan"] = "dcgan"
-    """base network; it brings its own loss, steps, batch and Adam where no flag sets them"""
+    """row of the paper's tables"""
     block: Literal["none", "nl", "gca"] = "gca"
     """block at the 8x8 map: none, the non-local block, or GCA"""
     block_in: Literal["both", "g", "d"] = "both"
@@ -174,7 +174,7 @@ class Args:
     nl_variant: Literal["paper", "value", "pooled"] = "paper"
     """NL block: values of C / k channels; of C and no W_v; of C / 2, keys and values pooled 2x2"""
     loss: Literal["bce", "hinge", "wgan-gp"] = "bce"
-    """adversarial loss, with either network"""
+    """adversarial loss"""
     lambda_gp: float = 10.0
     """weight of the gradient penalty"""
     squash: bool = False
@@ -223,8 +223,9 @@ def check_common(args: Args) -> None:
     require(training or not args.resume, "resume", "go with --mode train", args.mode)
     must = "stay empty with --mode train (--resume goes on with a run)"
     require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
-    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+    kind, cuda = args.device.partition(":")[0], torch.cuda.is_available()
+    must = "be auto, cpu, cuda or cuda:N" if cuda else "be cpu: PyTorch sees no CUDA device"
+    require(kind in ("auto", "cpu", "cuda" if cuda else "cpu"), "device", must, args.device)
 
 
 def check_args(args: Args) -> None:
@@ -544,9 +545,8 @@ def open_celeba(args: Args) -> Dataset:
 class LSUNChurch(Dataset):
     """The training images of LSUN's outdoor churches, compressed images in an lmdb.
 
-    Every process opens the database and lists its keys by itself, at its first image. (torchvision's
-    reader holds one environment, which must not cross a fork, and writes its keys into the working
-    folder.)
+    Every process opens the database and lists its keys by itself, at its first image: torchvision's
+    reader holds one open, which must not cross a fork, and writes its keys into the working folder.
     """
 
     def __init__(self, data_dir: str) -> None:
@@ -918,7 +918,7 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
     )
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
-    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+    return {f"metric/{key}": value for key, value in scores.items()}
 
 
 def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
@@ -927,7 +927,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -944,10 +944,9 @@ def evaluate(args: Args) -> dict[str, float]:
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
     scores = score(args, inception, G, images, path)
-    record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
     return scores
 
 
@@ -997,25 +996,25 @@ def cost(net: nn.Module, x: Tensor) -> str:
 
 
 def table(runs: list[Path]) -> str:
-    """Table 1 as Markdown: published FIDs, then a row for the seeds of each of the given runs."""
+    """Table 1 as Markdown: published FIDs, then those of the given runs, their seeds together."""
     head = "model | CelebA | LSUN church | experiment | G: M parameters / M MACs | D | FID | seeds"
     rows, found = [head, "|".join(["---"] * 8)], {}
     for args, where, value in map(run_result, runs):
-        group = found.setdefault((args.model, args.block), {}).setdefault((args.exp_name, where), [])
-        group.append((args, value))
-    for key in PUBLISHED | found:
-        name = key[0].upper() + {"none": "", "nl": " + NL", "gca": " + GCA"}[key[1]]
-        first = [name, *(f"{value:.2f}" for value in PUBLISHED.get(key, ()))] + [""] * 2
-        for (exp_name, where), members in found.get(key, {("not run", ""): []}).items():
-            cells = [*first[:3], exp_name + (where and f" ({where})"), "", "", "", ""]
-            if members:
-                args, values = members[0][0], [value for _, value in members if value is not None]
-                z, x = torch.zeros(1, args.z_dim), torch.zeros(1, 3, args.img_size, args.img_size)
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                fids = f"{statistics.mean(values):.2f}{spread}" if values else "not evaluated"
-                cells[4:] = cost(Generator(args), z), cost(Discriminator(args), x), fids
-                cells.append(str(len(members)))
-            rows.append(" | ".join(cells))
+        key = args.model, args.block, f"{args.exp_name} ({where})"
+        found.setdefault(key, []).append((args, value))
+    done = {key[:2] for key in found}
+    missing = {(*key, "not run"): [] for key in PUBLISHED if key not in done}
+    for (model, block, experiment), members in sorted((found | missing).items()):
+        name = model.upper() + {"none": "", "nl": " + NL", "gca": " + GCA"}[block]
+        published = [f"{value:.2f}" for value in PUBLISHED.get((model, block), ())] or ["", ""]
+        ours = ["", "", "", ""]
+        if members:
+            args, values = members[0][0], [value for _, value in members if value is not None]
+            z, x = torch.zeros(1, args.z_dim), torch.zeros(1, 3, args.img_size, args.img_size)
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            mean = f"{statistics.mean(values):.2f}{spread}" if values else "not evaluated"
+            ours = [cost(Generator(args), z), cost(Discriminator(args), x), mean, str(len(members))]
+        rows.append(" | ".join([name, *published, experiment, *ours]))
     return "\n".join(f"| {row} |" for row in rows)
 
 

@@ -252,6 +252,19 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 # 3. Layers
 # --------------------------------------------------------------------------------------------------
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
+
+    Fused kernels, which never build the H*W x h*w weights, want rows that are contiguous and
+    equally wide: zeros fill up the queries and keys and leave the logits as they are.
+    """
+    fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
+    maps = F.pad(query, fill), F.pad(key, fill), value
+    rows = (m.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for m in maps)
+    out = F.scaled_dot_product_attention(*rows, scale=1.0).squeeze(1)
+    return out.transpose(1, 2).unflatten(2, query.shape[2:])
+
+
 class SelfAttention(nn.Module):
     """Self-attention over all positions of a feature map (SAGAN, Zhang et al. 2019).
 
@@ -273,10 +286,7 @@ class SelfAttention(nn.Module):
         return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.query(x), self.key(x), self.value(x)
-        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
-        return x + self.gamma * out.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.gamma * attend(self.query(x), self.key(x), self.value(x))
 
 
 class SqueezeExcite(nn.Module):

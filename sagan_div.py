@@ -13,19 +13,18 @@ d. The baselines of Table 2 are here too: DCGAN, WGAN-div and SNGAN on the same 
     python sagan_div.py --method dcgan --recipe author          # a baseline as the authors ran it
 
 Differences from the paper
- 1. The fifth layer, whose output is the image, has no attention: with one channel it would be
-    degenerate. `--attn-blocks 1 2 3 4 5` adds it, before the tanh.
- 2. k = 2, p = 6, the points of the penalty, batch size, weights at the start, LeakyReLU's slope and
-    spectral norm inside attention are not stated: WGAN-div's values and the public code's places.
-    That code takes the penalty times 10 and Adam's (0.5, 0.999): `--recipe author`.
- 3. Baselines: the paper says "their papers' defaults", the public code gives all of them one
-    schedule: `--recipe paper` (default) and `--recipe author`. The layer norm of WGAN-div's critic
-    and the batch norms of DCGAN's leave out the first layer.
- 4. 60,000 generator updates of batch 64 by default; `--epochs 10000` is the paper's length.
+ 1. The fifth layer, whose output is the image, has no attention: one channel makes it degenerate.
+    `--attn-blocks 1 2 3 4 5` adds it, before the tanh.
+ 2. Not stated: k = 2, p = 6 (WGAN-div's), the points of the penalty, batch size, initial weights,
+    LeakyReLU's slope, SN inside attention. They follow the public code where it tells; its tenfold
+    penalty and Adam's (0.5, 0.999), which the paper contradicts, are `--recipe author`.
+ 3. The paper's baselines have "their papers' defaults" (`--recipe paper`), the public code gives
+    them one schedule (`--recipe author`). Norms of DCGAN's and WGAN-div's D omit the first layer.
+ 4. 60,000 generator updates of batch 64 by default; `--epochs 10000` is the paper's length. Every
+    update draws fresh noise, and an epoch leaves its last incomplete batch out.
  5. FID is over 10,000 distinct samples and all training images. The public code repeated 608 images
     to 10,336 files: `--mode evaluate --fid-distinct 608` gives that number, under another name.
     Compare methods with each other, not with the published values.
- 6. The last incomplete batch of an epoch is left out; every update draws fresh noise.
 
 Evidence: see README.md, "Results". The paper's 10,000 epochs have not been run.
 """
@@ -99,7 +98,7 @@ class Args:
     """folder of the data set and of the cache of its decoded images"""
     download: bool = True
     """fetch the data set if it is not in --data-dir"""
-    img_size: int = 64  # Table 1
+    img_size: int = 0
     """side of the square images in pixels; 0: the paper's for the data set"""
     channels: Literal[0, 1, 3] = 0
     """channels of the images, 1 (grey) or 3 (RGB); 0: 1 for MNIST and Fashion-MNIST, else 3"""
@@ -110,7 +109,7 @@ class Args:
     num_workers: int = 4
     """processes that decode the images, once"""
     # Model
-    z_dim: int = 100  # Table 1
+    z_dim: int = 0
     """length of the noise vector; 0: the paper's for the model"""
     g_ch: int = 64  # Table 1
     """base width of the generator, in channels"""
@@ -165,8 +164,8 @@ class Args:
     """epochs to train for in place of --total-steps, 10000 in the paper; 0: --total-steps"""
     attn_blocks: tuple[Literal[1, 2, 3, 4, 5, "none"], ...] = (1, 2, 3, 4)
     """layers of the generator that attention follows (5: before the tanh), or none; a to d"""
-    attn_block: Literal["pooled", "full"] = "pooled"
-    """attention to 2x2 max-pooled keys and values, or to all positions; a to d"""
+    attn_block: Literal["full", "pooled"] = "pooled"
+    """attention to all positions, or SAGAN's to 2x2 max-pooled keys and values"""
     attn_sn: Literal["always", "follow"] = "always"
     """spectral norm in attention: in all of a to d, or where the generator's layers have it"""
     div_k: float = 2.0
@@ -184,6 +183,7 @@ class Args:
 
     def __post_init__(self) -> None:
         self.exp_name = self.exp_name or self.method + "-author" * (self.recipe == "author")
+        self.img_size, self.z_dim = self.img_size or 64, self.z_dim or 100  # Table 1
         self.channels = self.channels or (1 if "mnist" in self.dataset else 3)
 
 
@@ -237,8 +237,9 @@ def check_common(args: Args) -> None:
     require(training or not args.resume, "resume", "go with --mode train", args.mode)
     must = "stay empty with --mode train (--resume goes on with a run)"
     require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
-    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+    kind, cuda = args.device.partition(":")[0], torch.cuda.is_available()
+    must = "be auto, cpu, cuda or cuda:N" if cuda else "be cpu: PyTorch sees no CUDA device"
+    require(kind in ("auto", "cpu", "cuda" if cuda else "cpu"), "device", must, args.device)
 
 
 def check_args(args: Args) -> None:
@@ -252,22 +253,32 @@ def check_args(args: Args) -> None:
     once = 0 < len(blocks) == len(set(blocks)) and (blocks == ("none",) or "none" not in blocks)
     require(once, "attn_blocks", must, " ".join(map(str, blocks)) or "nothing")
     unused = () if args.method in "abcd" else ("attn_blocks", "attn_block", "attn_sn")
-    if LOSS[args.recipe][args.method] != "wasserstein":
+    if LOSS[args.recipe].get(args.method):
         unused += ("div_k", "div_p", "div_points", "div_scale")
     for flag in unused:
-        value, default = getattr(args, flag), getattr(Args, flag)
-        must = f"stay {default}: --method {args.method} does not use it"
-        require(value == default, flag, must, value)
+        must = f"stay {getattr(Args, flag)}: --method {args.method} does not use it"
+        require(getattr(args, flag) == getattr(Args, flag), flag, must, getattr(args, flag))
     require(args.fid_distinct != 1, "fid_distinct", "be 0 or at least 2", 1)
-    require(len(args.query_pixels) > 0, "query_pixels", "name a row and a column", "nothing")
-    for pixel in args.query_pixels:
-        must = f"be rows and columns from 0 to {args.img_size - 1}"
-        require(0 <= min(pixel) and max(pixel) < args.img_size, "query_pixels", must, pixel)
+    inside = args.query_pixels and all(0 <= x < 64 for pixel in args.query_pixels for x in pixel)
+    require(inside, "query_pixels", "be rows and columns from 0 to 63", args.query_pixels)
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. Layers
 # --------------------------------------------------------------------------------------------------
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
+
+    Fused kernels, which never build the H*W x h*w weights, want rows that are contiguous and
+    equally wide: zeros fill up the queries and keys and leave the logits as they are.
+    """
+    fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
+    maps = F.pad(query, fill), F.pad(key, fill), value
+    rows = (m.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for m in maps)
+    out = F.scaled_dot_product_attention(*rows, scale=1.0).squeeze(1)
+    return out.transpose(1, 2).unflatten(2, query.shape[2:])
+
+
 class SelfAttention(nn.Module):
     """Self-attention over all positions of a feature map (SAGAN, Zhang et al. 2019).
 
@@ -289,17 +300,14 @@ class SelfAttention(nn.Module):
         return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.query(x), self.key(x), self.value(x)
-        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
-        return x + self.gamma * out.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.gamma * attend(self.query(x), self.key(x), self.value(x))
 
 
 class PooledAttention(nn.Module):
     """Self-attention to 2x2 max-pooled keys and values (SAGAN, Zhang et al. 2019, official code).
 
-    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values C // 2;
-    the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
+    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values
+    C // 2; the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
     """
 
     def __init__(self, channels: int, bias: bool = True) -> None:
@@ -317,13 +325,11 @@ class PooledAttention(nn.Module):
         return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
-        return x + self.gamma * self.out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+        key, value = F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
+        return x + self.gamma * self.out(attend(self.query(x), key, value))
 
 
-def initialise(layer: nn.Module, sn: bool) -> nn.Module:
+def gaussian(layer: nn.Module, sn: bool) -> nn.Module:
     """Draw a layer's weight from N(0, 0.02), then add spectral norm if sn.
 
     In this order: what is written to a weight under spectral norm is lost.
@@ -332,27 +338,15 @@ def initialise(layer: nn.Module, sn: bool) -> nn.Module:
     return spectral_norm(layer) if sn else layer
 
 
-def attention(args: Args, channels: int) -> nn.Module:
-    """The attention block of a layer of `channels` channels; its convolutions have no bias."""
-    kind = PooledAttention if args.attn_block == "pooled" else SelfAttention
-    block = kind(channels, bias=False)
-    for conv in block.children():
-        initialise(conv, args.attn_sn == "always" or NORMS[args.method][0])
-    return block
-
-
-def normalisation(kind: str, channels: int) -> nn.Module:
-    """The layer of a name in NORMS."""
-    if kind == "instance":
-        return nn.InstanceNorm2d(channels)  # no gain and bias, the same in train and eval mode
-    if kind == "layer":
-        return nn.GroupNorm(1, channels)  # layer norm over (C, H, W), gain and bias per channel
-    return nn.BatchNorm2d(channels) if kind == "batch" else nn.Identity()
-
-
 # --------------------------------------------------------------------------------------------------
 # 4. Networks
 # --------------------------------------------------------------------------------------------------
+NORM_LAYERS = {
+    "none": lambda channels: nn.Identity(),
+    "batch": nn.BatchNorm2d,
+    "instance": nn.InstanceNorm2d,  # no gain and bias, the same in train and eval mode
+    "layer": lambda channels: nn.GroupNorm(1, channels),  # over (C, H, W); gains per channel
+}
 NORMS = {  # spectral norm in G, norm in G, spectral norm in D, norm in D
     "a": (True, "instance", True, "instance"),  # Table 3: attnG+SN+IN
     "b": (True, "none", True, "none"),  # attnG+SN+noIN
@@ -373,20 +367,21 @@ class Generator(nn.Module):
     def __init__(self, args: Args) -> None:
         super().__init__()
         sn, norm, _, _ = NORMS[args.method]
+        attend = PooledAttention if args.attn_block == "pooled" else SelfAttention
         self.layers, channels = nn.Sequential(), args.z_dim
-        for i, out in enumerate([8 * args.g_ch, 4 * args.g_ch, 2 * args.g_ch, args.g_ch], start=1):
+        for i, out in enumerate([*(args.g_ch * k for k in (8, 4, 2, 1)), args.channels], start=1):
             stride, padding = (1, 0) if i == 1 else (2, 1)
             conv = nn.ConvTranspose2d(channels, out, 4, stride, padding, bias=False)
-            self.layers.add_module(f"conv{i}", initialise(conv, sn))
-            self.layers.add_module(f"norm{i}", normalisation(norm, out))
-            self.layers.add_module(f"act{i}", nn.ReLU())
+            self.layers.add_module(f"conv{i}", gaussian(conv, sn and i < 5))
+            if i < 5:
+                self.layers.add_module(f"norm{i}", NORM_LAYERS[norm](out))
+                self.layers.add_module(f"act{i}", nn.ReLU())
             if args.method in "abcd" and i in args.attn_blocks:
-                self.layers.add_module(f"attn{i}", attention(args, out))
+                block = attend(out, bias=False)
+                for conv in block.children():
+                    gaussian(conv, sn or args.attn_sn == "always")
+                self.layers.add_module(f"attn{i}", block)
             channels = out
-        conv = nn.ConvTranspose2d(channels, args.channels, 4, 2, 1, bias=False)
-        self.layers.add_module("conv5", initialise(conv, False))
-        if args.method in "abcd" and 5 in args.attn_blocks:
-            self.layers.add_module("attn5", attention(args, args.channels))
         self.layers.add_module("tanh", nn.Tanh())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -408,18 +403,17 @@ class Discriminator(nn.Module):
     def __init__(self, args: Args) -> None:
         super().__init__()
         _, _, sn, norm = NORMS[args.method]
-        if norm == "layer" and args.recipe == "author":
-            norm = "batch"
+        norm = "batch" if norm == "layer" and args.recipe == "author" else norm
         self.layers, channels = nn.Sequential(), args.channels
-        for i, out in enumerate([args.d_ch, 2 * args.d_ch, 4 * args.d_ch, 8 * args.d_ch], start=1):
-            conv = nn.Conv2d(channels, out, 4, 2, 1, bias=False)
-            self.layers.add_module(f"conv{i}", initialise(conv, sn))
-            if i > 1 or norm == "instance":
-                self.layers.add_module(f"norm{i}", normalisation(norm, out))
-            self.layers.add_module(f"act{i}", nn.LeakyReLU(0.2))
+        for i, out in enumerate([*(args.d_ch * k for k in (1, 2, 4, 8)), 1], start=1):
+            stride, padding = (2, 1) if i < 5 else (1, 0)
+            conv = nn.Conv2d(channels, out, 4, stride, padding, bias=False)
+            self.layers.add_module(f"conv{i}", gaussian(conv, sn))
+            if 1 < i < 5 or (i == 1 and norm == "instance"):
+                self.layers.add_module(f"norm{i}", NORM_LAYERS[norm](out))
+            if i < 5:
+                self.layers.add_module(f"act{i}", nn.LeakyReLU(0.2))
             channels = out
-        conv = nn.Conv2d(channels, 1, 4, bias=False)
-        self.layers.add_module("conv5", initialise(conv, sn))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten()
@@ -433,15 +427,12 @@ ADVERSARIAL = {
     "wasserstein": (lambda s: -s, lambda s: s, lambda s: -s),
     "hinge": (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s),
     "bce": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
-    "bce-0.9": (  # cross-entropy with the label 0.9 for real; softplus(s) - 0.9 s = both its terms
-        lambda s: F.softplus(s) - 0.9 * s, lambda s: F.softplus(s),
-        lambda s: F.softplus(s) - 0.9 * s,
-    ),
-}  # fmt: skip
-DIVERGENCE = dict.fromkeys(("a", "b", "c", "d", "wgan-div"), "wasserstein")
-LOSS = {
-    "paper": {**DIVERGENCE, "dcgan": "bce", "sngan": "hinge"},
-    "author": {**DIVERGENCE, "dcgan": "bce-0.9", "sngan": "bce-0.9"},
+    # With the label 0.9 for real: 0.9 softplus(-s) + 0.1 softplus(s) = softplus(s) - 0.9 s.
+    "bce-0.9": (lambda s: F.softplus(s) - 0.9 * s, F.softplus, lambda s: F.softplus(s) - 0.9 * s),
+}
+LOSS = {  # of the others it is "wasserstein"
+    "paper": {"dcgan": "bce", "sngan": "hinge"},
+    "author": {"dcgan": "bce-0.9", "sngan": "bce-0.9"},
 }
 
 
@@ -507,34 +498,31 @@ class Shapes(Dataset):
 
 def open_idx(kind: type[Dataset], args: Args) -> Dataset:
     """torchvision's MNIST or FashionMNIST; fid.UserError names a file that is not whole."""
-    raw, counts = Path(args.data_dir) / kind.__name__ / "raw", {}
-    for path in sorted(raw.glob("train-*-ubyte")):
-        with open(path, "rb") as file:
-            head = np.frombuffer(file.read(16), ">u4")  # magic number, count, rows, columns
-        ranks = {2049: 1, 2051: 3}  # of labels, of images
-        rank = ranks.get(int(head[0]), 0) if len(head) == 4 else 0
-        needed, size = 4 + 4 * rank + math.prod(head[1 : 1 + rank].tolist()), path.stat().st_size
-        if not rank or size != needed:
-            wanted = f"its header says {needed}" if rank else "it has no idx header"
-            how = "remove the file, and --download fetches it again"
-            raise fid.UserError(f"{path} is damaged: it has {size} bytes, {wanted}; {how}")
-        counts[path.name] = int(head[1])
+    counts = {}
+    for name, rank in (("train-images-idx3-ubyte", 3), ("train-labels-idx1-ubyte", 1)):
+        path = Path(args.data_dir, kind.__name__, "raw", name)
+        if path.exists():
+            _, *dims = np.fromfile(path, ">u4", 1 + rank).tolist() or [0]  # after a magic number
+            size, needed = path.stat().st_size, 4 + 4 * rank + math.prod(dims)
+            text = f"{path} has {size} bytes, its header {dims} asks for {needed}"
+            if size != needed:
+                raise fid.UserError(f"{text}; remove it, and --download fetches it again")
+            counts[name] = dims[0]
     if len(set(counts.values())) > 1:
-        text = ", ".join(f"{count} in {name}" for name, count in counts.items())
-        raise fid.UserError(f"{raw} is of two data sets: {text}; remove the wrong file")
+        raise fid.UserError(f"{path.parent} is of two data sets, counts {counts}; remove one file")
     return kind(args.data_dir, download=args.download)
 
 
 SOURCES = {  # how to open each data set, and how to get it
     "mnist": (
         lambda args: open_idx(torchvision.datasets.MNIST, args),
-        "run with --download, or put the four unpacked idx files of "
-        "https://ossci-datasets.s3.amazonaws.com/mnist/ into MNIST/raw/ there",
+        "use --download, or put the idx files of https://ossci-datasets.s3.amazonaws.com/mnist/ "
+        "into MNIST/raw/ there, unpacked",
     ),
     "fashion-mnist": (
         lambda args: open_idx(torchvision.datasets.FashionMNIST, args),
-        "run with --download, or put the four unpacked idx files of "
-        "https://github.com/zalandoresearch/fashion-mnist into FashionMNIST/raw/ there",
+        "use --download, or put the idx files of https://github.com/zalandoresearch/fashion-mnist "
+        "into FashionMNIST/raw/ there, unpacked",
     ),
     "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
     "shapes": (lambda args: Shapes(), ""),
@@ -722,16 +710,17 @@ class Run:
     def update(self, loss: Tensor, net: str) -> Tensor:
         """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
         opt, parameters = self.parts[f"{net.lower()}_opt"], list(self.parts[net].parameters())
-        found = torch.autograd.grad(self.scaler.scale(loss), parameters, allow_unused=True)
-        parameters = [p for p, grad in zip(parameters, found) if grad is not None]
-        grads = [grad for grad in found if grad is not None]
+        opt.zero_grad(set_to_none=True)
+        # Not autograd.grad: its gradients may lie in memory in another order than the parameters,
+        # and fused optimisers read raw memory. backward() keeps the parameters' order.
+        self.scaler.scale(loss).backward(inputs=parameters)
+        grads = [p.grad for p in parameters if p.grad is not None]
         if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
             flat = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(flat)
             shares = flat.div_(self.world).split([grad.numel() for grad in grads])
-            grads = [share.view_as(grad) for share, grad in zip(shares, grads)]
-        for parameter, grad in zip(parameters, grads):
-            parameter.grad = grad
+            for grad, share in zip(grads, shares):
+                grad.copy_(share.view_as(grad))
         self.scaler.unscale_(opt)
         norm = nn.utils.get_total_norm(grads)
         self.scaler.step(opt)
@@ -865,7 +854,7 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
     )
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
-    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+    return {f"metric/{key}": value for key, value in scores.items()}
 
 
 def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
@@ -874,7 +863,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -905,14 +894,13 @@ def plot(path: Path, log: Path, keys: list[str]) -> None:
 def replica_fid(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray) -> float:
     """FID as the public code computed it: `fid_distinct` images a side, repeated to 10,000 or more.
 
-    Every image is stretched to its own minimum and maximum. With batch 2048 the 608 images of an
-    epoch's last batch became 10,336 files: a covariance of rank 607 at most, so the value is too
-    high. It explains the published values and is comparable with nothing else.
+    Every image is stretched to its own range. With batch 2048 the 608 images of an epoch's last
+    batch became 10,336 files: a covariance of rank 607, a value comparable with nothing else.
     """
     n, sides = min(args.fid_distinct, len(images)), []
     fakes = torch.cat([generate(G, z).cpu() for z in eval_noise(args, n).split(100)])
     for part in (torch.tensor(images[-n:]), fakes):
-        one, repeated = (fid.Moments(device=inception.device) for _ in range(2))
+        one, repeated = fid.Moments(device=inception.device), fid.Moments(device=inception.device)
         for batch in part.split(args.fid_batch_size):
             low, high = batch.amin((1, 2, 3), True).int(), batch.amax((1, 2, 3), True).int()
             stretched = (batch - low) * 255 / (high - low).clamp_min(1)
@@ -930,9 +918,8 @@ def evaluate(args: Args) -> dict[str, float]:
     images, _, path = load_images(args, args.channels)
     scores = score(args, inception, G, images, path)
     if args.fid_distinct:
-        scores["metric/replica_of_public_code"] = value = replica_fid(args, inception, G, images)
-        about = f"{args.fid_distinct} images repeated, not FID's protocol: explains Table 2 only"
-        fid.say(f"replica of the public code {value:.6g} ({about})")
+        scores["metric/replica"] = value = replica_fid(args, inception, G, images)
+        fid.say(f"replica of the public code, repeated images, not a protocol of FID: {value:.6g}")
     record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
@@ -982,66 +969,43 @@ PUBLISHED = {  # FID on MNIST, Fashion-MNIST: Tables 2 and 3
 }  # fmt: skip
 
 
-def read_runs(out_dir: Path) -> list[dict]:
-    """Flags, steps, best and last FID (nan: none) of each of this script's runs under out_dir."""
-    runs = []
-    for path in sorted(out_dir.glob(f"{Path(__file__).stem}__*/args.json")):
-        args, fids, step = json.loads(path.read_text())["args"], [], 0
-        log, evaluation = path.with_name("log.jsonl"), path.with_name("evaluate.json")
-        for record in map(json.loads, log.read_text().splitlines() if log.exists() else []):
-            step = record["step"]
-            if "metric/fid" in record and args["fid_weights"] != "random":
-                fids.append(record["metric/fid"])
-        record = json.loads(evaluation.read_text()) if evaluation.exists() else {}
-        if record.get("weights", "random") != "random":
-            fids.append(record["metric/fid"])
-        best, last = (min(fids), fids[-1]) if fids else (math.nan, math.nan)
-        runs.append({**args, "folder": path.parent.name, "step": step, "best": best, "last": last})
-    return runs
-
-
-def ordering(fids: dict[str, float]) -> str:
+def order(fids: dict[str, float]) -> str:
     """Whether FIDs by method have the paper's order d < b < a < c."""
-    values = [fids.get(method, math.nan) for method in "dbac"]
-    if any(math.isnan(value) for value in values):
-        return "not to be told, FIDs are missing"
-    return "holds" if values == sorted(set(values)) else "does not hold"
+    if missing := [method for method in "dbac" if method not in fids]:
+        return f"not to be told, missing {' '.join(missing)}"
+    return "holds" if fids["d"] < fids["b"] < fids["a"] < fids["c"] else "does not hold"
 
 
-def report(out_dir: Path) -> str:
+def compare_methods(out_dir: Path) -> str:
     """Tables 2 and 3 from the run folders beside the published numbers, as Markdown.
 
-    A run counts for its row under its default name (no --exp-name) and by its best FID, as the
-    paper's do; the mean over seeds. Every run is listed, with what may differ from the others.
+    A run counts for its method under its default name (no --exp-name) and by its best FID, as the
+    paper's do; the mean over seeds. Every run is listed, with what may set it apart from others.
     """
-    runs, cells, orders = read_runs(out_dir), {}, []
+    runs, best = ["| run | step | batch | widths | samples | best FID | last FID |"], {}
+    runs += ["|---" * 7 + "|"]
+    for path in sorted(out_dir.glob(f"{Path(__file__).stem}__*/args.json")):
+        args = json.loads(path.read_text())["args"]
+        log = [json.loads(x) for x in path.with_name("log.jsonl").read_text().splitlines()]
+        fids = [record["metric/fid"] for record in log if "metric/fid" in record]
+        if fids and args["fid_weights"] != "random" and args["exp_name"] == args["method"]:
+            best.setdefault((args["method"], args["dataset"]), []).append(min(fids))
+        scores = f"{min(fids):.4f} | {fids[-1]:.4f}" if fids else "none | none"
+        scores += f" {fid.RANDOM_LABEL}" if args["fid_weights"] == "random" else ""
+        about = f"{args['batch_size']} | {args['g_ch']}, {args['d_ch']} | {args['fid_num']}"
+        step = log[-1]["step"] if log else 0
+        runs.append(f"| {path.parent.name} | {step} | {about} | {scores} |")
+    table, orders = ["| data set | method | paper | ours (seeds) |", "|---|---|---|---|"], []
     for i, dataset in enumerate(("mnist", "fashion-mnist")):
-        means = {}
-        for method in PUBLISHED:
-            best = [
-                run["best"] for run in runs
-                if (run["dataset"], run["exp_name"]) == (dataset, method)
-                and run["method"] == method and not math.isnan(run["best"])
-            ]  # fmt: skip
-            if best:
-                means[method] = float(np.mean(best))
-            spread = f" ± {np.std(best, ddof=1):.2f}" if len(best) > 1 else ""
-            seeds = f"{means[method]:.2f}{spread} ({len(best)} seeds)" if best else "not run"
-            cells[method, i] = f"{PUBLISHED[method][i]:.4f} | {seeds}"
-        published = ordering({method: fids[i] for method, fids in PUBLISHED.items()})
-        orders.append(f"- {dataset}: published {published}; ours: {ordering(means)}")
-    head = ["| method | MNIST, paper | MNIST, ours | Fashion, paper | Fashion, ours |"]
-    head += ["|---|---|---|---|---|"]
-    tables = [
-        head + [f"| {method} | {cells[method, 0]} | {cells[method, 1]} |" for method in methods]
-        for methods in (("dcgan", "wgan-div", "sngan", "d"), "abcd")
-    ]
-    shown = ("folder", "step", "batch_size", "g_ch", "d_ch", "recipe", "fid_num", "best", "last")
-    rows = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
-    rows += [f"| {' | '.join(str(run[key]) for key in shown)} |" for run in runs]
-    parts = [["# FID, lower is better", "", "## Table 2", ""], tables[0], ["", "## Table 3", ""]]
-    parts += [tables[1], ["", "Order d < b < a < c", *orders, "", "## Runs", ""], rows]
-    return "\n".join(line for part in parts for line in part) + "\n"
+        ours = {method: np.mean(fids) for (method, data), fids in best.items() if data == dataset}
+        for method, published in PUBLISHED.items():
+            seeds = len(best.get((method, dataset), []))
+            mean = f"{ours[method]:.4f} ({seeds})" if seeds else "not run"
+            table.append(f"| {dataset} | {method} | {published[i]:.4f} | {mean} |")
+        published = order({method: value[i] for method, value in PUBLISHED.items()})
+        orders.append(f"- {dataset}: published {published}; ours {order(ours)}")
+    parts = ["# FID of Tables 2 and 3, lower is better", "", *table, "", "Order d < b < a < c:", ""]
+    return "\n".join([*parts, *orders, "", "Runs:", "", *runs, ""])
 
 
 def figures(args: Args) -> None:
@@ -1061,7 +1025,7 @@ def figures(args: Args) -> None:
     keys += [key for key in logged if key.startswith(("grad/", "train/gamma"))]
     plot(target / "curves.png", folder / "log.jsonl", keys)
     with fid.atomic(target / "report.md") as temporary:
-        temporary.write_text(report(out_dir))
+        temporary.write_text(compare_methods(out_dir))
     fid.say(f"samples, real, attention, curves and report.md (Tables 2 and 3) are in {target}")
 
 
@@ -1075,8 +1039,7 @@ def train(args: Args) -> dict[str, float]:
     images, labels, path = load_images(args, args.channels)
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     if args.epochs:
-        batches_seen = args.epochs * (len(images) // args.batch_size)
-        args.total_steps = math.ceil(batches_seen / args.n_critic)
+        args.total_steps = -(-args.epochs * (len(images) // args.batch_size) // args.n_critic)
     G, D = Generator(args).to(device), Discriminator(args).to(device)
     g_opt, d_opt = (
         torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True)
@@ -1084,7 +1047,7 @@ def train(args: Args) -> dict[str, float]:
     )
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
-    loss = LOSS[args.recipe][args.method]
+    loss = LOSS[args.recipe].get(args.method, "wasserstein")
     d_real, d_fake, g_fake = ADVERSARIAL[loss]
     if loss == "wasserstein" and any(isinstance(m, nn.BatchNorm2d) for m in D.modules()):
         fid.warn("batch norm in D: the gradients that the penalty is taken of mix samples")
@@ -1098,8 +1061,7 @@ def train(args: Args) -> dict[str, float]:
             with run.autocast(), torch.no_grad():
                 fake = G(run.draw(torch.randn, n, args.z_dim)).float()
             if loss == "wasserstein":
-                between = args.div_points == "interp"
-                u = run.draw(torch.rand, n, 1, 1, 1) if between else None
+                u = run.draw(torch.rand, n, 1, 1, 1) if args.div_points == "interp" else None
                 real_logits, fake_logits, slopes = critic(D, real, fake, u)
                 d_reg = divergence_penalty(slopes, args.div_k, args.div_p)
             else:
@@ -1167,6 +1129,8 @@ def main() -> None:
     except (fid.UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -20,8 +20,8 @@ Differences from the paper
  3. The rows of A are softmax over the keys, so the output is V A^T; the text omits the transpose.
  4. "Full attention" has 410,562 parameters more in D and 25,842 more in G than none: the
     comparison is not matched in parameters. The four nets are the same function at step 0.
- 5. The stopping rule in numbers is ours: smoothing, tolerances and patience (--fid-*, --d-*) are
-    not in the text. Lower is better for both signals.
+ 5. The stopping rule in numbers is ours: smoothing, tolerances and patience are not in the text.
+    Lower is better for both signals. It reads D's loss from the log's interval means.
  6. Boxes: all 22,126 are cropped; the paper counts 20,580, an image each (--boxes first). The
     stretched aspect ratio follows its "crop, then resize"; --aspect square keeps proportions.
  7. It prints no FID at all: only orderings and plateaus can be compared.
@@ -101,8 +101,6 @@ class Args:
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
     data_dir: str = "data"
     """folder of the data set and of the cache of its decoded images"""
-    download: bool = True
-    """fetch the data set if it is not in --data-dir"""
     img_size: int = 64
     """side of the square images in pixels; 0: the paper's for the data set"""
     crop: int = 0
@@ -119,7 +117,7 @@ class Args:
     d_ch: int = 64
     """base width of the discriminator, in channels"""
     # Optimisation
-    total_steps: int = 30_000  # Section "Results": the longest run shown
+    total_steps: int = 30_000  # the longest run shown
     """generator updates to train for"""
     batch_size: int = 64
     """images per update, shared out over the processes"""
@@ -179,37 +177,18 @@ class Args:
     """steps whose grid and checkpoint are kept; the paper's"""
     early_stop: bool = False
     """stop where the two-phase rule says so, else only report it"""
-    fid_window: int = 3
-    """evaluations whose median FID the rule reads"""
-    fid_tol: float = 0.01
-    """relative gain of FID that counts as one"""
-    fid_patience: int = 6
-    """evaluations without gain after which FID has plateaued"""
-    fid_min_step: int = 2_000
-    """step before which evaluations without gain do not count"""
-    d_window: int = 1_000
-    """steps over which the rule averages D's loss"""
-    d_tol: float = 0.01
-    """relative gain of D's loss that counts as one"""
-    d_patience: int = 8
-    """evaluations without gain after which D's loss has plateaued"""
-    compare: tuple[str, ...] = ("full", "none", "no-g", "no-d")
-    """experiments of the same data set and seed that the figures compare"""
     query: tuple[tuple[int, int], ...] = ()
     """y x of the pixels whose attention is drawn; none given: eyes, nose, mouth, background"""
 
     def __post_init__(self) -> None:
-        side = self.img_size
         self.exp_name = self.exp_name or self.attention
-        self.attn_g = self.attn_g or (side // 4, side // 2)
-        places = (22, 22), (22, 42), (34, 32), (46, 32), (6, 6)  # of a centred face, 64x64
-        self.query = self.query or tuple((y * side // 64, x * side // 64) for y, x in places)
+        self.img_size, self.z_dim = self.img_size or 64, self.z_dim or 128
+        self.attn_g = self.attn_g or (self.img_size // 4, self.img_size // 2)
 
 
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples", "fid_window", "fid_patience", "d_window",
-    "d_patience",
+    "save_every", "fid_batch_size", "num_samples",
 )  # fmt: skip
 
 
@@ -235,42 +214,46 @@ def check_common(args: Args) -> None:
     require(training or not args.resume, "resume", "go with --mode train", args.mode)
     must = "stay empty with --mode train (--resume goes on with a run)"
     require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    cuda = torch.cuda.is_available() or not args.device.startswith("cuda")
-    require(cuda, "device", "be cpu where PyTorch sees no CUDA device", args.device)
+    kind, cuda = args.device.partition(":")[0], torch.cuda.is_available()
+    must = "be auto, cpu, cuda or cuda:N" if cuda else "be cpu: PyTorch sees no CUDA device"
+    require(kind in ("auto", "cpu", "cuda" if cuda else "cpu"), "device", must, args.device)
 
 
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
     check_common(args)
-    require(args.img_size in (32, 64, 128), "img_size", "be 32, 64 or 128", args.img_size)
+    size, dogs = args.img_size, args.dataset == "stanford-dogs"
+    require(size in (32, 64, 128), "img_size", "be 32, 64 or 128", size)
     sides = [4 * 2**i for i in range(len(widths(args, args.g_ch)))]
-    must = f"be among {', '.join(map(str, sides))}, the maps of {args.img_size}x{args.img_size}"
+    must = f"be among {', '.join(map(str, sides))}, the maps of {size}x{size} images"
     for flag in ("attn_g", "attn_d"):
         given = getattr(args, flag)
         require(set(given) <= set(sides), flag, must, " ".join(map(str, given)))
-    for flag in ("boxes", "aspect") if args.dataset != "stanford-dogs" else ():
+    for flag in ("crop",) if dogs else ("boxes", "aspect"):
         value, default = getattr(args, flag), getattr(Args, flag)
-        must = f"stay {default} without --dataset stanford-dogs"
+        must = f"stay {default} with{'' if dogs else 'out'} --dataset stanford-dogs"
         require(value == default, flag, must, value)
-    dogs = args.dataset == "stanford-dogs"
-    must = "stay 0 with --dataset stanford-dogs, whose boxes are cut out"
-    require(not (dogs and args.crop), "crop", must, args.crop)
-    must = "be steps from 1 on"
-    require(min(args.milestones, default=1) > 0, "milestones", must, args.milestones)
-    must = f"be pixels of a {args.img_size}x{args.img_size} image"
-    inside = all(0 <= place < args.img_size for pair in args.query for place in pair)
-    require(inside, "query", must, args.query)
-    evaluated = not args.early_stop or args.eval_every > 0
-    require(evaluated, "eval_every", "be above 0 with --early-stop", args.eval_every)
-    must = f"be at least --log-every, {args.log_every}"
-    require(args.d_window >= args.log_every, "d_window", must, args.d_window)
-    for flag in ("fid_tol", "d_tol"):
-        require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
+    require(min(args.milestones, default=1) > 0, "milestones", "be above 0", args.milestones)
+    rule = args.eval_every > 0 or not args.early_stop
+    require(rule, "eval_every", "be above 0 with --early-stop", args.eval_every)
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. Layers
 # --------------------------------------------------------------------------------------------------
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
+
+    Fused kernels, which never build the H*W x h*w weights, want rows that are contiguous and
+    equally wide: zeros fill up the queries and keys and leave the logits as they are.
+    """
+    fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
+    maps = F.pad(query, fill), F.pad(key, fill), value
+    rows = (m.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for m in maps)
+    out = F.scaled_dot_product_attention(*rows, scale=1.0).squeeze(1)
+    return out.transpose(1, 2).unflatten(2, query.shape[2:])
+
+
 class SelfAttention(nn.Module):
     """Self-attention over all positions of a feature map (SAGAN, Zhang et al. 2019).
 
@@ -292,17 +275,14 @@ class SelfAttention(nn.Module):
         return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.query(x), self.key(x), self.value(x)
-        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
-        return x + self.gamma * out.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.gamma * attend(self.query(x), self.key(x), self.value(x))
 
 
 class PooledAttention(nn.Module):
     """Self-attention to 2x2 max-pooled keys and values (SAGAN, Zhang et al. 2019, official code).
 
-    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values C // 2;
-    the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
+    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values
+    C // 2; the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
     """
 
     def __init__(self, channels: int, bias: bool = True) -> None:
@@ -320,10 +300,8 @@ class PooledAttention(nn.Module):
         return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.query(x), F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        query, key, value = (m.flatten(2).transpose(1, 2).unsqueeze(1) for m in maps)
-        out = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
-        return x + self.gamma * self.out(out.transpose(1, 2).unflatten(2, x.shape[2:]))
+        key, value = F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
+        return x + self.gamma * self.out(attend(self.query(x), key, value))
 
 
 def prepare_conv(conv: nn.Module, sn: bool) -> nn.Module:
@@ -416,62 +394,65 @@ class Discriminator(nn.Module):
 # With D(x) = sigmoid(s): softplus(-s) = -log D(x), softplus(s) = -log(1 - D(x)).
 ADVERSARIAL = {
     "ns": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
-    "minimax": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: -F.softplus(s)),  # Eq. 1
+    # Eq. 1 to the letter: G goes down log(1 - D(G(z)))
+    "minimax": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: -F.softplus(s)),
     "hinge": (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s),
 }
 
 
-def window_mean(losses: np.ndarray, step: int, window: int) -> float:
-    """Mean loss over the `window` steps up to the last row at or before `step`; inf without rows.
+def window_mean(losses: np.ndarray, step: int, window: int = 1_000) -> float:
+    """Mean loss over the `window` steps up to the last row at or before `step`; nan without rows.
 
     Rows (K, 2) are a step and the mean loss since the row before, as in log.jsonl. The mean is that
     of the single steps where the window starts at a row, else a row counts in part, as if constant.
     """
     rows = losses[losses[:, 0] <= step]
     if not len(rows):
-        return math.inf
+        return math.nan
     ends = np.concatenate([[0], rows[:, 0]])
     sums = np.concatenate([[0], np.cumsum(np.diff(ends) * rows[:, 1])])
     start = max(ends[-1] - window, 0)
     return float((sums[-1] - np.interp(start, ends, sums)) / (ends[-1] - start))
 
 
-def stopping_rule(fids: np.ndarray, losses: np.ndarray, args: Args) -> dict:
+def stopping_rule(
+    fids: np.ndarray, losses: np.ndarray, end: int, *, fid_window: int = 3, fid_tol: float = 0.01,
+    fid_patience: int = 6, fid_min_step: int = 2_000, d_window: int = 1_000, d_tol: float = 0.01,
+    d_patience: int = 8,
+) -> dict:  # fmt: skip
     """The two-phase rule: train until FID plateaus, then until D's loss does; lower is better.
 
     fids (K, 2) are step and FID of each evaluation; losses (L, 2) step and mean of D's loss since
-    the row before. Both are looked at on the steps of the evaluations. Returns the steps t_fid
-    (last gain of FID), t_det (its plateau seen), t_best (last gain of D's loss: the checkpoint to
-    take), t_stop, or None where not reached; candidate, the last gain of the present phase; reason:
-    plateau, cap_fid or cap_dloss (--total-steps reached in that phase), no_fid or unfinished.
+    the row before; both are looked at on the steps of the evaluations. Smoothed FID is the median
+    of fid_window evaluations, smoothed loss the mean of d_window steps; a gain is a relative one of
+    more than tol; patience is the evaluations without gain (of FID: from fid_min_step on) that make
+    a plateau. Returns t_fid (step of FID's last gain), t_det (its plateau seen), t_best (D's last
+    gain: the checkpoint to take), t_stop, None where not reached; candidate, the last gain of the
+    present phase; reason: plateau, cap_fid or cap_dloss (`end` reached), no_fid, unfinished.
     """
     found = dict.fromkeys(("t_fid", "t_det", "t_best", "t_stop", "candidate"))
     best, waited = math.inf, 0
     for i, step in enumerate(fids[:, 0].astype(int).tolist()):
         if found["t_det"] is None:  # phase 1: features
-            value = np.median(fids[max(0, i + 1 - args.fid_window) : i + 1, 1])
-            gain, counts = value < best * (1 - args.fid_tol), step >= args.fid_min_step
-        else:  # phase 2: quality
-            value = window_mean(losses, step, args.d_window)
-            margin = args.d_tol * max(abs(best), 1e-8) if best < math.inf else 0  # losses below 0
-            gain, counts = value < best - margin, True
+            value = np.median(fids[max(0, i + 1 - fid_window) : i + 1, 1])
+            gain, counts = value < best * (1 - fid_tol), step >= fid_min_step
+        else:  # phase 2: quality; a loss may be below 0
+            value = window_mean(losses, step, d_window)
+            gain, counts = value < best - d_tol * max(abs(best), 1e-8), True
         if gain:
             best, waited, found["candidate"] = value, 0, step
         else:
             waited += counts
         if found["t_det"] is not None:
             found["t_best"] = found["candidate"]
-            if waited == args.d_patience:
+            if waited == d_patience:
                 return found | {"t_stop": step, "reason": "plateau"}
-        elif waited == args.fid_patience:
+        elif waited == fid_patience:
             found |= {"t_fid": found["candidate"], "t_det": step, "t_best": step, "candidate": step}
-            best, waited = window_mean(losses, step, args.d_window), 0
-    if not len(fids):
-        return found | {"reason": "no_fid"}
-    if fids[-1, 0] < args.total_steps:
-        return found | {"reason": "unfinished"}
-    reason = "cap_fid" if found["t_det"] is None else "cap_dloss"
-    return found | {"t_stop": args.total_steps, "reason": reason}
+            best, waited = window_mean(losses, step, d_window), 0
+    if not len(fids) or fids[-1, 0] < end:
+        return found | {"reason": "unfinished" if len(fids) else "no_fid"}
+    return found | {"t_stop": end, "reason": "cap_dloss" if found["t_det"] else "cap_fid"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -513,7 +494,7 @@ def read_span(span: Span) -> bytes:
 
 
 def read_tree(root: Path, folders: list[str], archive: str) -> tuple[set[str], dict[str, Span]]:
-    """Class names and files `class/name` of the first folder that root has, else of its archive.
+    """Breeds and files `breed/name` of the first of `folders` that root has, else of its archive.
 
     Raises FileNotFoundError where there is neither, fid.UserError for a broken archive.
     """
@@ -521,21 +502,19 @@ def read_tree(root: Path, folders: list[str], archive: str) -> tuple[set[str], d
         paths = [path for path in folder.glob("*/*") if path.is_file()]
         files = {f"{p.parent.name}/{p.name}": (p, 0, p.stat().st_size) for p in paths}
         return {path.name for path in folder.iterdir() if path.is_dir()}, files
-    path, classes, files = root / archive, set(), {}
+    path, breeds, files = root / archive, set(), {}
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {', '.join(folders)} or {archive}")
+        raise FileNotFoundError(f"no {', '.join(folders)} or {archive}")
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 inner = PurePosixPath(member.name).parts[1:]  # without Images or Annotation
-                if len(inner) == 1 and member.isdir():
-                    classes.add(inner[0])
-                elif len(inner) == 2 and member.isfile():
-                    classes.add(inner[0])
+                breeds.update(inner[:1])
+                if len(inner) == 2 and member.isfile():
                     files["/".join(inner)] = path, member.offset_data, member.size
     except tarfile.TarError as error:
-        raise fid.UserError(f"{path} is no complete .tar archive ({error}): fetch it anew") from error
-    return classes, files
+        raise fid.UserError(f"{path} is not a complete .tar archive: {error}") from error
+    return breeds, files
 
 
 def read_boxes(xml: bytes) -> list[tuple[int, int, int, int]]:
@@ -549,15 +528,15 @@ def read_boxes(xml: bytes) -> list[tuple[int, int, int, int]]:
         raise ValueError("unreadable XML") from error
     if not marks:
         raise ValueError("no object")
-    boxes = []
+    keys, boxes = ("xmin", "ymin", "xmax", "ymax"), []
     for mark in marks:
         try:
-            x0, y0, x1, y1 = (int(mark.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax"))
+            left, top, right, bottom = (int(mark.findtext(key, "")) for key in keys)
         except ValueError as error:
             raise ValueError("bad numbers") from error
-        if x1 < x0 or y1 < y0 or x1 < 0 or y1 < 0:
+        if min(right, right - left, bottom, bottom - top) < 0:
             raise ValueError("empty box")
-        boxes.append((x0, y0, x1 + 1, y1 + 1))
+        boxes.append((left, top, right + 1, bottom + 1))
     return boxes
 
 
@@ -592,52 +571,41 @@ class StanfordDogs(Dataset):
     its annotation belong together by their paths; an annotation's other entries are not relied on.
     """
 
-    def __init__(self, root: Path, boxes: str, aspect: str, size: int, download: bool) -> None:
+    def __init__(self, root: Path, boxes: str, aspect: str, size: int) -> None:
         if root.name == "Images" or any(root.glob("n????????-*")):
-            raise fid.UserError(f"{root} holds the breeds themselves: give its parent as --data-dir")
-        trees = []
-        for archive, folders in (
-            ("images.tar", ["images/Images", "Images"]),
-            ("annotation.tar", ["annotations/Annotation", "annotation/Annotation", "Annotation"]),
-        ):
-            here = any((root / name).exists() for name in [*folders, archive])
-            if download and not here:
-                fid.note(f"downloading {DOGS_URL}/{archive} to {root}")
-                root.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(f"{DOGS_URL}/{archive}", str(root / archive))
-            trees.append(read_tree(root, folders, archive))
-        (breeds, images), (noted, notes) = trees
+            raise fid.UserError(f"{root} holds the breeds: --data-dir must name its parent")
+        breeds, images = read_tree(root, ["images/Images", "Images"], "images.tar")
+        places = ["annotations/Annotation", "annotation/Annotation", "Annotation"]
+        noted, notes = read_tree(root, places, "annotation.tar")
         notes = {str(PurePosixPath(name).with_suffix("")): span for name, span in notes.items()}
-        self.aspect, self.size, self.items, skipped, total = aspect, size, [], Counter(), 0
-        for name, span in sorted(images.items()):
-            file = PurePosixPath(name)
-            if file.suffix.lower() not in fid.IMAGE_SUFFIXES or file.name.startswith("."):
-                continue
-            total += 1
-            note = notes.get(str(file.with_suffix("")))
+        names = [PurePosixPath(name) for name in sorted(images) if "/." not in name]
+        names = [name for name in names if name.suffix.lower() in fid.IMAGE_SUFFIXES]
+        self.aspect, self.size, self.items, skipped = aspect, size, [], Counter()
+        for name in names:
+            note = notes.get(str(name.with_suffix("")))
             try:
                 found = read_boxes(read_span(note)) if note else []
             except ValueError as error:
                 skipped[str(error)] += 1
                 continue
             skipped["no annotation"] += note is None
-            self.items += [(name, span, box) for box in (found[:1] if boxes == "first" else found)]
+            found = found[:1] if boxes == "first" else found
+            self.items += [(str(name), images[str(name)], box) for box in found]
         self.files = [f"{name}, box {box}" for name, _, box in self.items]
-        self.classes = sorted({name.split("/")[0] for name, _, _ in self.items})
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.targets = [number[name.split("/")[0]] for name, _, _ in self.items]
+        of = [PurePosixPath(name).parts[0] for name, _, _ in self.items]
+        self.classes = sorted(set(of))
+        self.targets = [self.classes.index(breed) for breed in of]
         self.key = [boxes, aspect, [(name, span[2], box) for name, span, box in self.items]]
-        why = ", ".join(f"{reason} {count}" for reason, count in skipped.items() if count)
-        if skipped.total() > MAX_SKIPPED * total:
-            raise fid.UserError(
-                f"{root}: {skipped.total()} of {total} images have no usable annotation ({why})"
-            )
+        why = ", ".join(f"{reason}: {count}" for reason, count in skipped.items() if count)
         if why:
-            fid.warn(f"{root}: images left out: {why}")
-        if empty := sorted((breeds | noted) - set(self.classes)):
-            fid.warn(f"{root}: nothing usable of the classes {', '.join(empty)}")
+            without = f"{root}: {skipped.total()} of {len(names)} images left out ({why})"
+            if skipped.total() > MAX_SKIPPED * len(names):
+                raise fid.UserError(f"{without}, more than {MAX_SKIPPED:.0%}")
+            fid.warn(without)
+        if empty := sorted((breeds | noted) - set(of)):
+            fid.warn(f"{root}: no crops of {', '.join(empty)}")
         if len(self.classes) != 120:
-            fid.warn(f"{root}: {len(self.classes)} classes; Stanford Dogs has 120")
+            fid.warn(f"{root}: {len(self.classes)} breeds, Stanford Dogs has 120")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -650,9 +618,7 @@ class StanfordDogs(Dataset):
 
 SOURCES = {  # how to open each data set, and how to get it
     "stanford-dogs": (
-        lambda args: StanfordDogs(
-            Path(args.data_dir), args.boxes, args.aspect, args.img_size, args.download
-        ),
+        lambda args: StanfordDogs(Path(args.data_dir), args.boxes, args.aspect, args.img_size),
         f"put images.tar and annotation.tar of {DOGS_URL}/ there, extracted or not",
     ),
     "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
@@ -725,9 +691,8 @@ def endless_batches(
 FORMAT = 1  # of the checkpoints
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
-    "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
-    "num_samples", "fid_batch_size", "milestones", "early_stop", "fid_window", "fid_tol",
-    "fid_patience", "fid_min_step", "d_window", "d_tol", "d_patience", "compare", "query",
+    "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "num_samples",
+    "fid_batch_size", "milestones", "early_stop", "query",
 }  # fmt: skip
 
 
@@ -986,7 +951,7 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
     )
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
-    return {f"metric/{key}": scores[key] for key in ("fid", "is_mean", "is_std")}
+    return {f"metric/{key}": value for key, value in scores.items()}
 
 
 def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
@@ -995,7 +960,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = FREE_FLAGS | {"amp", "deterministic", "fid_num", "fid_weights", "eval_seed"}
+    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1014,21 +979,19 @@ def read_log(folder: Path, key: str) -> np.ndarray:
     return np.array(rows, float).reshape(-1, 2)
 
 
-def report(args: Args, folder: Path) -> dict:
+def report_stop(folder: Path) -> dict:
     """The stopping rule on the log of a run, printed and written to report.json."""
     fids, losses = read_log(folder, "metric/fid"), read_log(folder, "loss/d")
-    found = stopping_rule(fids, losses, args)
-    means = [(window_mean(losses, step, args.d_window), step) for step in losses[:, 0].tolist()]
-    found["lowest_fid"] = fids[fids[:, 1].argmin()].tolist() if len(fids) else None
-    found["lowest_d_loss"] = min(means)[::-1] if means else None
+    end = json.loads((folder / "args.json").read_text())["args"]["total_steps"]
+    found = stopping_rule(fids, losses, end)
+    means = [(window_mean(losses, step), step) for step in losses[:, 0].tolist()]
+    found["lowest_fid_at"] = int(fids[fids[:, 1].argmin(), 0]) if len(fids) else None
+    found["lowest_d_loss_at"] = int(min(means)[1]) if means else None
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "report.json") as temporary:
             temporary.write_text(json.dumps(found, indent=2))
-    if found["reason"] == "no_fid":
-        fid.say("stopping rule: not available, the run has no FID (--eval-every 0)")
-    else:
-        fid.say("stopping rule: " + ", ".join(f"{key} {value}" for key, value in found.items()))
-        fid.say("a falling loss of D can also mean that D is winning: look at the samples")
+    text = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
+    fid.say(f"stopping rule: {text} (a falling loss of D can also mean that D is winning)")
     return found
 
 
@@ -1038,10 +1001,9 @@ def evaluate(args: Args) -> dict[str, float]:
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
     scores = score(args, inception, G, images, path)
-    record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
     return scores
 
 
@@ -1061,52 +1023,50 @@ COLOURS = ("blue", "red", "green", "darkorange", "purple", "teal", "black")
 
 
 def chart(
-    path: Path, title: str, curves: dict[str, np.ndarray], own_scale: bool = False,
-    marks: dict[str, int | None] | None = None,
-) -> None:  # fmt: skip
+    path: Path, title: str, curves: dict[str, np.ndarray], twin: bool = False, **marks: int | None
+) -> None:
     """Draw curves, name -> (K, 2) of step and value, as a PNG; marks are named vertical lines.
 
-    They share one scale, or each has its own: the first at the left, the second at the right.
+    On one scale; two of them with twin on their own, the first at the left, the other at the right.
     """
     curves = {name: curve for name, curve in curves.items() if len(curve)}
-    if not curves:
-        fid.say(f"{path.name} is left out: the log has no values for it")
-        return
-    image = Image.new("RGB", (900, 480), "white")
-    draw, points = ImageDraw.Draw(image), np.concatenate(list(curves.values()))
-    left, right, top, bottom = 80, 820, 60, 420
-    draw.text((left, 10), title, "black")
+    points = np.concatenate([*curves.values(), np.zeros((int(not curves), 2))])
+    image, steps = Image.new("RGB", (900, 480), "white"), (points[:, 0].min(), points[:, 0].max())
+    draw, left, top, right, bottom = ImageDraw.Draw(image), 80, 60, 820, 420
     draw.rectangle((left, top, right, bottom), outline="grey")
-    steps = points[:, 0].min(), points[:, 0].max() + 1e-9
+    draw.text((left, 10), title if curves else f"{title}: nothing in the log", "black")
+
+    def scaled(values: np.ndarray, scale: tuple[float, float], ends: tuple[int, int]) -> list:
+        return np.interp(values, (scale[0], scale[1] + 1e-9), ends).tolist()
+
     for step in np.linspace(*steps, 6):
-        x = np.interp(step, steps, (left, right))
+        x = scaled(step, steps, (left, right))
         draw.text((x, bottom + 6), f"{step:.0f}", "black", anchor="ma")
-    for name, step in (marks or {}).items():
+    for name, step in marks.items():
         if step is not None:
-            x = np.interp(step, steps, (left, right))
-            draw.line([(x, top), (x, bottom)], "grey", 2)
+            x = scaled(step, steps, (left, right))
+            draw.line((x, top, x, bottom), "grey", 2)
             draw.text((x + 3, bottom - 14), name, "black")
     for i, (name, curve) in enumerate(curves.items()):
-        values = (curve if own_scale else points)[:, 1]
-        scale, colour = (values.min(), values.max() + 1e-9), COLOURS[i % len(COLOURS)]
-        xy = np.interp(curve[:, 0], steps, (left, right)), np.interp(curve[:, 1], scale, (bottom, top))
-        draw.line(list(zip(*(axis.tolist() for axis in xy))), colour, 2)
+        values, colour = (curve if twin else points)[:, 1], COLOURS[i % len(COLOURS)]
+        scale, x = (values.min(), values.max()), scaled(curve[:, 0], steps, (left, right))
+        draw.line(list(zip(x, scaled(curve[:, 1], scale, (bottom, top)))), colour, 2)
         draw.text((left + 150 * (i % 5), 28 + 14 * (i // 5)), name, colour)
-        x, anchor = (right + 6, "lm") if own_scale and i else (left - 6, "rm")
-        for value in np.linspace(*scale, 5) if i < 1 + own_scale else ():
-            y = np.interp(value, scale, (bottom, top))
-            draw.text((x, y), f"{value:.4g}", colour if own_scale else "black", anchor=anchor)
+        place, anchor = (right + 6, "lm") if i else (left - 6, "rm")
+        for value in np.linspace(*scale, 5) if i <= twin else ():
+            y = scaled(value, scale, (bottom, top))
+            draw.text((place, y), f"{value:.4g}", colour if twin else "black", anchor=anchor)
     with fid.atomic(path) as temporary:
         image.save(temporary, "PNG")
 
 
 def bars(path: Path, title: str, values: dict[str, float]) -> None:
     """Draw named values as bars from 0, as a PNG."""
-    image = Image.new("RGB", (max(420, 110 * len(values) + 40), 300), "white")
-    draw, highest = ImageDraw.Draw(image), max(values.values(), default=0) + 1e-9
+    image = Image.new("RGB", (max(500, 110 * len(values) + 40), 300), "white")
+    draw, highest = ImageDraw.Draw(image), max(values.values())
     draw.text((20, 10), title, "black")
     for i, (name, value) in enumerate(values.items()):
-        x, y = 40 + 110 * i, 260 - 200 * value / highest
+        x, y = 40 + 110 * i, 260 - 200 * value / max(highest, 1e-9)
         draw.rectangle((x, y, x + 70, 260), COLOURS[i % len(COLOURS)])
         draw.text((x + 35, y - 14), f"{value:.4g}", "black", anchor="ma")
         draw.text((x + 35, 266), name, "black", anchor="ma")
@@ -1116,22 +1076,24 @@ def bars(path: Path, title: str, values: dict[str, float]) -> None:
 
 def named_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
     """Write rows of uint8 images, name -> (n, 3, S, S), as a PNG with the title and the names."""
-    grid = torchvision.utils.make_grid(torch.cat(list(rows.values())).cpu(), len(next(iter(rows.values()))))
+    side = max(row.shape[3] for row in rows.values())
+    images = torch.cat([F.interpolate(row.cpu(), side) for row in rows.values()])
+    grid = torchvision.utils.make_grid(images, len(images) // len(rows))
     image = Image.new("RGB", (grid.shape[2] + 110, grid.shape[1] + 30), "white")
     image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (110, 30))
     draw = ImageDraw.Draw(image)
     draw.text((6, 8), title, "black")
     for i, name in enumerate(rows):
-        y = 30 + (i + 0.5) * grid.shape[1] / len(rows)
-        draw.text((6, y), name, "black", anchor="lm")
+        draw.text((6, 30 + (i + 0.5) * grid.shape[1] / len(rows)), name, "black", anchor="lm")
     with fid.atomic(path) as temporary:
         image.save(temporary, "PNG")
 
 
-def kept_samples(path: Path, args: Args, count: int) -> Tensor:
-    """Images (count, 3, S, S) of the generator of a kept checkpoint, from the noise of all grids."""
+def kept_samples(path: Path, count: int = 8) -> Tensor:
+    """uint8 images (count, 3, S, S) of a kept checkpoint, from the first noise of all grids."""
     state = load_checkpoint(path)
-    G = Generator(Args(**state["args"]))
+    args = Args(**state["args"])
+    G = Generator(args)
     G.load_state_dict(state["parts"]["G"])
     return generate(G, eval_noise(args, count))
 
@@ -1160,16 +1122,20 @@ def attention_maps(G: nn.Module, z: Tensor) -> dict[int, Tensor]:
 def draw_attention(args: Args, G: nn.Module, path: Path, title: str, count: int = 4) -> None:
     """Samples with their query pixels, and what these attend to in each attention layer of G."""
     z = eval_noise(args, count).to(next(G.parameters()).device)
-    maps, big = attention_maps(G, z), 128
+    maps, big, size = attention_maps(G, z), 128, args.img_size
+    face = (22, 22), (22, 42), (34, 32), (46, 32), (6, 6)  # of 64x64: eyes, nose, mouth, background
+    query = args.query or [(y * size // 64, x * size // 64) for y, x in face]
+    inside = all(0 <= place < size for pair in query for place in pair)
+    require(inside, "query", f"be pixels of {size}x{size} images", query)
     samples = F.interpolate(generate(G, z).cpu().float(), size=big, mode="nearest")
-    rows, scale = {}, big / args.img_size
+    rows, scale = {}, big / size
     for i, side in itertools.product(range(count), sorted(maps)):
         dots = Image.fromarray(samples[i].byte().permute(1, 2, 0).numpy())
         cells = []
-        for (y, x), name in zip(args.query, itertools.cycle(COLOURS)):
+        for (y, x), name in zip(query, itertools.cycle(COLOURS)):
             spot = (x + 0.5) * scale, (y + 0.5) * scale
             ImageDraw.Draw(dots).circle(spot, 5, name, "white")
-            place = (y * side // args.img_size) * side + x * side // args.img_size
+            place = (y * side // size) * side + x * side // size
             heat = F.interpolate(maps[side][i, place][None, None].cpu(), size=big, mode="bilinear")
             colour = torch.tensor(ImageColor.getrgb(name)).view(3, 1, 1).float()
             cells.append(0.4 * samples[i] + 0.6 * heat[0] / heat.max() * (0.5 * colour + 127))
@@ -1205,17 +1171,16 @@ DISTORTIONS = {
 
 
 def spatial_check(args: Args, inception: nn.Module, images: np.ndarray) -> dict[str, float]:
-    """FID of the real images from themselves with shuffled patches, blur, noise: does it see them?"""
-    real = fid.dataset_moments(inception, images, args.fid_batch_size)
-    result = {}
+    """FID between the real images and their distortions: does it see structure that is wrong?"""
+    size, result = args.fid_batch_size, {}
+    real = fid.dataset_moments(inception, images, size)
     for name, distort in DISTORTIONS.items():
 
         def batch(first: int, count: int) -> Tensor:
-            random = torch.Generator().manual_seed(args.eval_seed * 2**32 + first)
+            random = torch.Generator().manual_seed(first)
             return distort(torch.tensor(images[first : first + count]), random)
 
-        scores = fid.score_generator(inception, batch, len(images), args.fid_batch_size, real)
-        result[name] = scores["fid"]
+        result[name] = fid.score_generator(inception, batch, len(images), size, real)["fid"]
     return result
 
 
@@ -1227,9 +1192,9 @@ def diversity(
     Distances are between Inception features. Few breeds or a low entropy (in nats) say that samples
     keep to a part of the data; so does a small mean distance between samples.
     """
-    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
-    fake = torch.cat([inception(generate(G, part))[0] for part in z.split(size)])
-    real = torch.cat([inception(torch.tensor(part))[0] for part in np.split(images, range(size, len(images), size))])
+    z, real = eval_noise(args, args.fid_num), torch.from_numpy(images)
+    fake = torch.cat([inception(generate(G, part))[0] for part in z.split(args.fid_batch_size)])
+    real = torch.cat([inception(part)[0] for part in real.split(args.fid_batch_size)])
     nearest = torch.cat([torch.cdist(part, real).argmin(1) for part in fake.split(1_000)])
     counts = labels[nearest.cpu()].bincount(minlength=int(labels.max()) + 1)
     between = sum(torch.cdist(part, fake).double().sum().item() for part in fake.split(1_000))
@@ -1243,26 +1208,26 @@ def diversity(
     }
 
 
-def compare_runs(args: Args, target: Path, title: str) -> None:
-    """What the ablations have in common figures: FID bars, FID curves, samples by milestone."""
-    folders = {name: run_folder(replace(args, exp_name=name)) for name in args.compare}
-    fids = {name: read_log(folder, "metric/fid") for name, folder in folders.items()}
-    if any(map(len, fids.values())):
-        first = min(curve[0, 0] for curve in fids.values() if len(curve))
-        values = {n: f[f[:, 0] == first][0, 1] for n, f in fids.items() if first in f[:, 0]}
-        bars(target / "fid_bars.png", f"FID at step {first:.0f}; {title}", values)
+def compare_runs(args: Args, folder: Path, target: Path, title: str) -> None:
+    """Runs of one data set and seed: bars of the first FID, curves, samples at the milestones."""
+    left, right = run_folder(replace(args, exp_name="*")).name.split("*")
+    paths = sorted(folder.parent.glob(f"{left}*{right}"))
+    runs = {path.name[len(left) : -len(right)]: path for path in paths}
+    fids = {name: read_log(path, "metric/fid") for name, path in runs.items()}
+    if values := {name: curve[0, 1] for name, curve in fids.items() if len(curve)}:
+        bars(target / "fid_first.png", f"FID, first evaluation; {title}", values)
     early = {name: curve[curve[:, 0] <= 5_000] for name, curve in fids.items()}
     chart(target / "fid_early.png", f"FID to step 5000; {title}", early)
     chart(target / "fid.png", f"FID; {title}", fids)
     for step in args.milestones:
-        paths = {name: folder / f"step-{step:07d}.pt" for name, folder in folders.items()}
-        rows = {n: kept_samples(path, args, 8) for n, path in paths.items() if path.exists()}
+        kept = {name: path / f"step-{step:07d}.pt" for name, path in runs.items()}
+        rows = {name: kept_samples(path) for name, path in kept.items() if path.exists()}
         if rows:
             named_rows(target / f"compare_{step:07d}.png", f"step {step}; {title}", rows)
 
 
 def figures(args: Args) -> None:
-    """Mode figures: all of the paper's, of this run and of those beside it (--compare)."""
+    """Mode figures: the paper's, of this run and of those beside it with its data set and seed."""
     args, device, G, _, folder = open_checkpoint(args)
     (images, labels, _), target, n = load_images(args), folder / "figures", args.num_samples
     dogs = f", {args.boxes} boxes, {args.aspect}" if args.dataset == "stanford-dogs" else ""
@@ -1270,23 +1235,27 @@ def figures(args: Args) -> None:
     target.mkdir(exist_ok=True)
     write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
     write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
-    compare_runs(args, target, title)
-    paths = [*sorted(folder.glob("step-*.pt")), *folder.glob("t_*.pt")]
-    if rows := {path.stem: kept_samples(path, args, 8) for path in paths}:
-        named_rows(target / "progress.png", f"{args.exp_name}; {title}", rows)
-    rule, losses = report(args, folder), read_log(folder, "loss/d")
-    smooth = [(step, window_mean(losses, step, args.d_window)) for step in losses[:, 0]]
-    curves = {"FID": read_log(folder, "metric/fid"), "D loss, smoothed": np.reshape(smooth, (-1, 2))}
+    compare_runs(args, folder, target, title)
+    title = f"{args.exp_name}; {title}"
+    kept = [*sorted(folder.glob("step-*.pt")), *folder.glob("t_*.pt")]
+    if kept:
+        rows = {path.stem: kept_samples(path) for path in kept}
+        named_rows(target / "progress.png", title, rows)
+    rule, losses = report_stop(folder), read_log(folder, "loss/d")
+    smooth = [(step, window_mean(losses, step)) for step in losses[:, 0]]
+    curves = {"FID": read_log(folder, "metric/fid"), "D loss": np.reshape(smooth, (-1, 2))}
     marks = {key: rule[key] for key in ("t_fid", "t_best")}
-    chart(target / "signals.png", f"{args.exp_name}; {title}", curves, True, marks)
-    gains = [f"train/gamma_{key}_{side}" for key, sides in (("g", args.attn_g), ("d", args.attn_d)) for side in sides]
-    chart(target / "gamma.png", f"{args.exp_name}; {title}", {key[6:]: read_log(folder, key) for key in gains})
+    chart(target / "signals.png", f"FID, D loss; {title}", curves, twin=True, **marks)
+    keys = [f"gamma_{net}_{side}" for net in "gd" for side in getattr(args, f"attn_{net}")]
+    gains = {key: read_log(folder, f"train/{key}") for key in keys}
+    chart(target / "gamma.png", f"gamma; {title}", gains)
     if len(G.attn):
-        draw_attention(args, G, target / "attention.png", f"{args.exp_name}; {title}")
+        draw_attention(args, G, target / "attention.png", f"attention in G; {title}")
     if args.eval_every:
-        inception, real = fid.load_inception(args.fid_weights, device), slice(None)
+        inception, every = fid.load_inception(args.fid_weights, device), 1
         if 0 < args.fid_real < len(images):
-            images, labels = (x[:: len(x) // args.fid_real][: args.fid_real] for x in (images, labels))
+            every = len(images) // args.fid_real
+        images, labels = (x[::every][: args.fid_real or None] for x in (images, labels))
         measured = {
             "spatial": spatial_check(args, inception, images),
             "diversity": diversity(args, inception, G, images, labels),
@@ -1316,10 +1285,10 @@ def train(args: Args) -> dict[str, float]:
     n, stop, metrics = args.batch_size, False, {}
 
     def rule() -> dict:
-        logs = read_log(run.folder, "metric/fid"), read_log(run.folder, "loss/d")
-        return fid.on_main(lambda: stopping_rule(*logs, args))
+        fids, losses = read_log(run.folder, "metric/fid"), read_log(run.folder, "loss/d")
+        return stopping_rule(fids, losses, args.total_steps)
 
-    done = args.early_stop and rule()["reason"] == "plateau"
+    done = args.early_stop and fid.on_main(rule)["reason"] == "plateau"
     while run.step < args.total_steps and not stop and not done:
         for _ in range(args.n_critic):
             real, _ = next(batches)
@@ -1360,7 +1329,7 @@ def train(args: Args) -> dict[str, float]:
             if metrics["metric/fid"] < run.best_fid:
                 run.best_fid = metrics["metric/fid"]
                 run.save("best.pt")
-            found = rule()
+            found = fid.on_main(rule)  # whose log it is
             if found["candidate"] == run.step:
                 run.save("t_fid.pt" if found["t_det"] is None else "t_best.pt")
             done = args.early_stop and found["reason"] == "plateau"
@@ -1371,7 +1340,7 @@ def train(args: Args) -> dict[str, float]:
     if stop:
         fid.say(f"stopped at step {run.step}; the same command with --resume goes on")
         raise SystemExit(128 + run.signal)
-    report(args, run.folder)
+    report_stop(run.folder)
     fid.say(f"done: {run.folder} (samples/, log.jsonl, report.json, checkpoint.pt)")
     return metrics
 
@@ -1394,6 +1363,8 @@ def main() -> None:
     except (fid.UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

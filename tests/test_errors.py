@@ -36,9 +36,9 @@ COMMON = [
     (["--mode", "evaluate", "--resume"], r"--resume must go with --mode train, got evaluate"),
     (["--mode", "sample", "--checkpoint", "nowhere.pt"], r"nowhere.pt is missing"),
     (["--mode", "evaluate"], r"checkpoint.pt is missing"),
-    (["--dataset", "folder", "--data-dir", "nowhere"], r"nowhere does not exist"),
+    (["--dataset", "folder", "--data-dir", "nowhere"], r"nowhere"),
     (["--dataset", "folder", "--data-dir", "."], r"no images"),
-    (["--batch-size", "6000"], r"--batch-size must be at most 5000"),
+    (["--batch-size", "6000"], r"--batch-size must be at most \d+"),
 ]
 CASES = {
     "giu_gan": [
@@ -55,9 +55,278 @@ CASES = {
         (["--z-dim", "-1"], r"--z-dim must be at least 1"),
         (["--dataset", "celeba", "--no-download"], r"img_align_celeba\.zip.*celeba/"),
         (["--dataset", "cifar10", "--no-download"], r"cifar-10-python\.tar\.gz"),
-    ]
+    ],
+    "sagan_div": [
+        (["--method", "e"], r"invalid choice|choices|one of"),
+        (["--attn-blocks", "6"], r"1.*2.*3.*4.*5.*none"),
+        (["--attn-blocks"], r"--attn-blocks must name layers of 1 2 3 4 5.*got nothing"),
+        (["--attn-blocks", "1", "1"], r"--attn-blocks must name layers of 1 2 3 4 5, each once"),
+        (["--attn-blocks", "none", "2"], r"--attn-blocks must .* or be none alone, got none 2"),
+        (
+            ["--dataset", "mnist", "--no-download", "--channels", "3"],
+            r"--channels must be 1 with --dataset mnist",
+        ),
+        (
+            ["--dataset", "mnist", "--no-download", "--data-dir", "{tmp}"],
+            r"--dataset mnist not found in .*--download.*MNIST/raw/",
+        ),
+        (
+            ["--dataset", "fashion-mnist", "--no-download", "--data-dir", "{tmp}"],
+            r"not found in .*--download.*FashionMNIST/raw/",
+        ),
+        (["--img-size", "32"], r"--img-size must be 64, Table 1 is fixed, got 32"),
+        (["--div-p", "0.5"], r"--div-p must be at least 1, got 0.5"),
+        (["--div-k", "-1"], r"--div-k must be at least 0, got -1"),
+        (["--div-scale", "-1"], r"--div-scale must be at least 0"),
+        (["--batch-size", "1"], r"--batch-size must be at least 2, got 1"),
+        (["--epochs", "-1"], r"--epochs must be at least 0"),
+        (["--z-dim", "-1"], r"--z-dim must be at least 1"),
+        (
+            ["--method", "dcgan", "--attn-blocks", "1"],
+            r"--attn-blocks must stay .* --method dcgan does not use it",
+        ),
+        (["--method", "wgan-div", "--attn-block", "full"], r"--attn-block must stay pooled"),
+        (
+            ["--method", "sngan", "--div-k", "3"],
+            r"--div-k must stay 2.0: --method sngan does not use it",
+        ),
+        (["--method", "dcgan", "--div-points", "interp"], r"--div-points must stay endpoints"),
+        (["--fid-distinct", "1"], r"--fid-distinct must be 0 or at least 2"),
+        (["--query-pixels", "3", "64"], r"--query-pixels must be rows and columns from 0 to 63"),
+        (["--query-pixels", "3"], r"query-pixels"),
+    ],
+    "sagan_dogs": [
+        (
+            ["--attn-g", "64"],
+            r"--attn-g must be among 4, 8, 16, 32, the maps of 64x64 images, got 64",
+        ),
+        (
+            ["--attn-d", "8", "5"],
+            r"--attn-d must be among 4, 8, 16, 32, the maps of 64x64 images, got 8 5",
+        ),
+        (
+            ["--img-size", "32", "--attn-g", "32"],
+            r"--attn-g must be among 4, 8, 16, the maps of 32x32",
+        ),
+        (["--img-size", "48"], r"--img-size must be 32, 64 or 128, got 48"),
+        (
+            ["--dataset", "stanford-dogs", "--crop", "64"],
+            r"--crop must stay 0 with --dataset stanford-dogs, got 64",
+        ),
+        (["--boxes", "first"], r"--boxes must stay all without --dataset stanford-dogs, got first"),
+        (
+            ["--dataset", "folder", "--aspect", "square"],
+            r"--aspect must stay stretch without --dataset stanford-dogs, got square",
+        ),
+        (["--milestones", "500", "0"], r"--milestones must be above 0"),
+        (
+            ["--early-stop", "--eval-every", "0"],
+            r"--eval-every must be above 0 with --early-stop, got 0",
+        ),
+        (
+            ["--dataset", "stanford-dogs", "--data-dir", "{tmp}/none", "--eval-every", "0"],
+            r"--dataset stanford-dogs not found in .*none: no images/Images, Images or images\.tar; put images\.tar and annotation\.tar of http",
+        ),
+        (
+            ["--dataset", "stanford-dogs", "--data-dir", "{tmp}/Images", "--eval-every", "0"],
+            r"Images holds the breeds: --data-dir must name its parent",
+        ),
+        (["--attention", "no_g"], r"invalid choice|no_g"),
+        (["--loss", "wgan"], r"invalid choice|wgan"),
+    ],
+    "gca_gan": [
+        (["--img-size", "48"], r"--img-size must be 32, 64 or 128, got 48"),
+        (["--crop", "200"], r"--crop must be at most 178 with --dataset celeba, .*got 200"),
+        (["--crop", "-1"], r"--crop must be at least 0, got -1"),
+        (["--crop", "face"], r"face"),
+        (["--squash", "--crop", "178"], r"--crop must be 0 with --squash, got 178"),
+        (["--squash"], r"--squash must stay off without --dataset celeba"),
+        (["--d-ch", "3"], r"--gca-k must divide the 12 channels of D's 8x8 map, got 8"),
+        (
+            ["--g-ch", "5", "--block", "nl"],
+            r"--gca-k must divide the 20 channels of G's 8x8 map, got 8",
+        ),
+        (["--gca-k", "3"], r"gca-k"),
+        (["--block", "none", "--gca-k", "4"], r"--gca-k must stay 8 without a --block, got 4"),
+        (["--block", "none", "--block-in", "g"], r"--block-in must stay both without a --block"),
+        (
+            ["--block", "nl", "--gca-variant", "gram"],
+            r"--gca-variant must stay nodes without --block gca",
+        ),
+        (
+            ["--block", "nl", "--gca-binarize", "ste"],
+            r"--gca-binarize must stay off without --block gca",
+        ),
+        (
+            ["--block", "nl", "--gca-y-transpose"],
+            r"--gca-y-transpose must stay off without --block gca",
+        ),
+        (
+            ["--gca-variant", "gcn", "--gca-y-transpose"],
+            r"--gca-y-transpose must be off with .*gcn",
+        ),
+        (["--nl-variant", "value"], r"--nl-variant must stay paper without --block nl, got value"),
+        (["--lambda-gp", "1"], r"--lambda-gp must stay 10.0 without --loss wgan-gp, got 1.0"),
+        (["--loss", "wgan-gp", "--lambda-gp", "-1"], r"--lambda-gp must be at least 0, got -1.0"),
+        (["--runs", "a", "b"], r"--runs must stay off without --mode figures"),
+        (["--heatmap-net", "g"], r"--heatmap-net must stay d without --mode figures"),
+        (
+            ["--mode", "figures", "--runs", "{tmp}/a", "--checkpoint", "x.pt"],
+            r"--runs must not go with",
+        ),
+        (["--mode", "figures", "--runs", "{tmp}/a", "{tmp}/b"], r"a/checkpoint\.pt is missing"),
+        (["--z-dim", "-1"], r"--z-dim must be at least 1"),
+        (
+            ["--dataset", "celeba", "--no-download", "--eval-every", "0", "--data-dir", "{tmp}"],
+            r"not found in .*img_align_celeba\.zip.*celeba/",
+        ),
+        (
+            ["--dataset", "lsun-church", "--eval-every", "0", "--data-dir", "{tmp}"],
+            r"church_outdoor_train_lmdb.*or read a folder of images by --dataset folder",
+        ),
+        (["--model", "sagan", "--fid-weights", "{tmp}/none.pth"], r"none\.pth"),
+    ],
+    "an_gan": [
+        (["--img-size", "48"], r"--img-size must be 32, 64 or 128, got 48"),
+        (["--entities", "0"], r"--entities must be at least 1, got 0"),
+        (["--tau", "0"], r"--tau must be above 0, got 0"),
+        (["--tau", "-1"], r"--tau must be at least 0, got -1"),
+        (["--lambda-ortho", "-1"], r"--lambda-ortho must be at least 0"),
+        (["--beta2", "1"], r"--beta2 must be below 1"),
+        (["--d-blocks", "6"], r"--d-blocks must be 5 but for --img-size 128"),
+        (
+            ["--model", "sagan", "--entities", "8"],
+            r"--entities must stay 16 without --model an, got 8",
+        ),
+        (
+            ["--model", "sngan", "--no-self-sampling"],
+            r"--self-sampling must stay True without --model an",
+        ),
+        (
+            ["--model", "sngan-star", "--region-stats", "bn"],
+            r"--region-stats must stay in without --model an",
+        ),
+        (["--intra-num", "1"], r"--intra-num must be 0 or at least 2, got 1"),
+        (["--num-classes", "-1"], r"--num-classes must be at least 0"),
+        (
+            [
+                "--num-classes",
+                "7",
+                "--batch-size",
+                "4",
+                "--eval-every",
+                "0",
+                "--num-workers",
+                "0",
+                "--data-dir",
+                "{tmp}",
+            ],
+            r"--num-classes must be 8, the classes of the data, got 7",
+        ),
+        (
+            ["--dataset", "folder", "--data-dir", "{tmp}/missing", "--eval-every", "0"],
+            r"--data-dir must be a folder with a subfolder per class.*--num-classes 1.*missing",
+        ),
+        (
+            [
+                "--dataset",
+                "folder",
+                "--data-dir",
+                "{tmp}",
+                "--num-classes",
+                "1",
+                "--eval-every",
+                "0",
+            ],
+            r"no images",
+        ),
+        (
+            ["--dataset", "imagenet", "--data-dir", "{tmp}", "--eval-every", "0"],
+            r"--dataset imagenet not found in .*put its class folders into train/",
+        ),
+        (
+            ["--dataset", "cifar10", "--data-dir", "{tmp}", "--no-download", "--eval-every", "0"],
+            r"--dataset cifar10 not found in .*cifar-10-python.tar.gz",
+        ),
+        (
+            ["--mode", "figures", "--dataset", "shapes", "--out-dir", "{tmp}"],
+            r"checkpoint.pt is missing",
+        ),
+    ],
+    "an_inpaint": [
+        (["--img-size", "32"], r"--img-size must be a multiple of 8, at least 64, got 32"),
+        (["--img-size", "100"], r"--img-size must be a multiple of 8, at least 64, got 100"),
+        (["--img-size", "64", "--box", "65"], r"--box must fit into --img-size 64, got 65"),
+        (["--shrink", "0.5"], r"--shrink must be below 0.5"),
+        (["--shrink", "-0.1"], r"--shrink must be at least 0"),
+        (["--entities", "0"], r"--entities must be at least 1, got 0"),
+        (["--tau", "0"], r"--tau must be above 0"),
+        (["--tau", "-1"], r"--tau must be at least 0"),
+        (
+            ["--phase1-steps", "5", "--phase2-steps", "5", "--total-steps", "11"],
+            r"--total-steps must be at most 10, the steps of both phases, got 11",
+        ),
+        (["--phase1-steps", "0", "--phase2-steps", "0"], r"--total-steps must be at least 1"),
+        (
+            ["--train-mask", "stroke"],
+            r"--critics must be global or global-patch with --train-mask stroke, which has no box",
+        ),
+        (
+            ["--train-mask", "stroke", "--critics", "global", "--reconstruction", "discount"],
+            r"--reconstruction must be regional or full with --train-mask stroke, which has no box",
+        ),
+        (
+            ["--train-mask", "file", "--critics", "global"],
+            r"--train-mask must not be file without --mask-dir",
+        ),
+        (["--eval-mask", "file"], r"--eval-mask must not be file without --mask-dir"),
+        (
+            ["--img-size", "64", "--eval-mask", "file", "--mask-dir", "{tmp}/no"],
+            r"no does not exist",
+        ),
+        (["--refine", "plain", "--entities", "8"], r"--entities must stay 16 with --refine plain"),
+        (
+            ["--refine", "ca", "--lambda-ortho", "0"],
+            r"--lambda-ortho must stay 0.001 with --refine ca",
+        ),
+        (["--no-fuse"], r"--fuse must stay True with --refine an, got False"),
+        (["--refine", "gan"], r"gan"),
+        (["--n-critic", "0"], r"--n-critic must be at least 1"),
+        (
+            ["--img-size", "64", "--batch-size", "951"],
+            r"--batch-size must be at most 950, the number of images, got 951",
+        ),
+        (["--image", "a.png"], r"--image must be given with --mode inpaint, and only there"),
+        (
+            ["--mode", "inpaint", "--mask", "m.png"],
+            r"--image must be given with --mode inpaint, and only there, got nothing",
+        ),
+        (
+            ["--mode", "inpaint", "--image", "a.png"],
+            r"--mask must be given with --mode inpaint, and only there, got nothing",
+        ),
+        (
+            [
+                "--mode",
+                "inpaint",
+                "--image",
+                "a.png",
+                "--mask",
+                "m.png",
+                "--checkpoint",
+                "{tmp}/c.pt",
+            ],
+            r"c.pt is missing",
+        ),
+        (["--dataset", "paris-streetview", "--data-dir", "{tmp}"], r"paris-streetview not found in .*train/ and val/ \(or test/\)"),
+        (["--dataset", "folder", "--data-dir", "{tmp}/no"], r"no does not exist"),
+        (["--dataset", "folder", "--data-dir", "{tmp}"], r"no images .* under"),
+        (["--img-size", "64", "--eval-from", "{tmp}/no"], r"no does not exist"),
+    ],
 }
 EVERY_CASE = [(s, *case) for s in SCRIPTS for case in [*COMMON, *CASES[s]]]
+# There 0 stands for the steps of both phases.
+EVERY_CASE.remove(("an_inpaint", ["--total-steps", "0"], r"--total-steps must be at least 1"))
 
 
 def assert_mistake(result, words: str) -> None:
@@ -74,6 +343,7 @@ def assert_mistake(result, words: str) -> None:
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(script, argv, words, call, tmp_path):
+    argv = [flag.replace("{tmp}", str(tmp_path)) for flag in argv]
     base = [] if "--dataset" in argv else ["--dataset", "shapes", "--data-dir", SHAPES]
     base += ["--eval-every", "0"] + ([] if "--total-steps" in argv else ["--total-steps", "1"])
     assert_mistake(call(script, *base, *argv), words)
