@@ -367,7 +367,7 @@ class ContextualAttention(nn.Module):
         touched = F.unfold(mask[..., ::2, ::2].to(x.dtype), 3, padding=1).amax(dim=1, keepdim=True)
         known = (touched == 0).to(x.dtype)
         logits = self.scale * self.similarity(x) * known
-        # Below e^-60 a weight is nothing; as a denormal number it would slow a CPU down tenfold.
+        # Weights below e^-60 are nothing; their denormal products would slow a CPU down tenfold.
         floor = logits.detach().amax(dim=2, keepdim=True) - 60
         return known * logits.maximum(floor).softmax(dim=2)
 

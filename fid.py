@@ -1054,13 +1054,17 @@ class ImageFiles(Dataset):
 
 
 class Folder(Dataset):
-    """Every image under a folder, sorted; its first-level subfolders are the classes."""
+    """Every image under a folder, sorted; its first-level subfolders are the classes.
+
+    Images that lie directly in it are one more class, with no name.
+    """
 
     def __init__(self, root: str | Path) -> None:
         self.files = image_files(root)
         names = [file.relative_to(root) for file in self.files]
-        self.classes = sorted({name.parts[0] for name in names})
-        self.targets = [self.classes.index(name.parts[0]) for name in names]
+        tops = [(*name.parts[:-1], "")[0] for name in names]
+        self.classes = sorted(set(tops))
+        self.targets = [self.classes.index(top) for top in tops]
         self.key = [(str(name), file.stat().st_size) for name, file in zip(names, self.files)]
 
     def __len__(self) -> int:

@@ -188,14 +188,12 @@ def test_contextual_attention_rows_and_masks():
     assert (a[:, :, known == 0] == 0).all()
 
 
-def test_contextual_attention_has_no_denormal_weights():
+def test_contextual_attention_has_no_weights_whose_products_are_denormal():
     """They made it 15 times slower on a CPU."""
-    module, x = ContextualAttention(Args(refine="ca")), 0.1 * torch.randn(1, 128, 16, 16)
-    mask = torch.zeros(1, 1, 16, 16)
-    tiny, a = torch.finfo(torch.float32).tiny, module.attention(x, mask)
-    assert not ((a > 0) & (a < tiny)).any()
+    module, x = ContextualAttention(Args(refine="ca")), 0.025 * torch.randn(1, 128, 16, 16)
+    a = module.attention(x, torch.zeros(1, 1, 16, 16))
     plain = (10 * module.similarity(x)).softmax(dim=2)
-    assert ((plain > 0) & (plain < tiny)).any()
+    assert not ((a > 0) & (a < 1e-29)).any() and ((plain > 0) & (plain < 1e-29)).any()
     torch.testing.assert_close(a, plain)
 
 

@@ -48,6 +48,13 @@ def test_folder_reads_any_tree_in_sorted_order_with_class_labels(tree):
     assert path.parent == tree.relative_to(tree.parent) / "cache"
 
 
+def test_images_directly_in_a_folder_are_one_class(tree):
+    for name in ("x.png", "y.png"):
+        write_image(tree / name, (0, 0, 9))
+    folder = fid.Folder(tree)
+    assert folder.classes == ["", "a", "b"] and folder.targets == [1, 1, 2, 2, 0, 0]
+
+
 def test_crop_cuts_the_central_square_before_resizing(tree):
     image = Image.new("RGB", (100, 100))
     image.paste((255, 255, 255), (25, 25, 75, 75))
