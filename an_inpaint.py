@@ -1335,11 +1335,10 @@ def score_completions(
         for moments in (fake, true):
             moments.all_reduce()
         fid.warn_few(true, fake)
-        if inception.label:
-            fid.warn(inception.label)
         scores["metric/fid"] = fid.frechet_distance(true, fake)
     text = ", ".join(f"{k[7:]} {'-' if v is None else f'{v:.5g}'}" for k, v in scores.items())
-    fid.say(f"{len(picks)} images, {args.eval_mask} holes: {text}")
+    label = f" ({inception.label})" if inception and inception.label else ""
+    fid.say(f"{len(picks)} images, {args.eval_mask} holes: {text}{label}")
     return scores
 
 
@@ -1363,10 +1362,12 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
 def plot(path: Path, log: Path, keys: list[str]) -> None:
     """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    image = Image.new("RGB", (640, 200 * len(keys)), "white")
+    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
+    curves = {key: points for key, points in curves.items() if points}
+    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
     draw = ImageDraw.Draw(image)
-    for top, key in zip(range(0, image.height, 200), keys):
-        steps, values = np.array([(r["step"], r[key]) for r in records if key in r] or [(0, 0)]).T
+    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
+        steps, values = np.array(points).T
         x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
         y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
         draw.rectangle((20, top + 30, 620, top + 170), outline="grey")

@@ -1080,6 +1080,7 @@ def train(args: Args) -> dict[str, float]:
     device = setup(args)
     inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
     images, labels, path = load_images(args)
+    torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
     betas = args.beta1, args.beta2
     g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)

@@ -153,7 +153,7 @@ class Args:
     """images of a sample grid and of mode sample"""
     # Paper
     model: Literal["giu", "dcgan", "wgan-gp", "lsgan", "sngan", "sagan"] = "giu"
-    """row of Tables 5 and 6"""
+    """row of the paper's tables"""
     giu: Literal[
         "deep-d-shallow-g", "middle", "shallow-d-deep-g", "shallow-d-deep-g-as-costed", "all",
         "only-g", "only-d", "none",
@@ -182,7 +182,7 @@ class Args:
     sn_giu: bool = False
     """spectral norm on the GIU modules' 1x1 convolutions too"""
     lambda_gp: float = 10.0
-    """weight of the gradient penalty of giu and wgan-gp"""
+    """weight of the gradient penalty"""
     optimizer: Literal["adam", "adagrad", "rmsprop"] = "adam"
     """optimiser of both nets, Table 2"""
     init: Literal["pytorch", "normal"] = "pytorch"
@@ -922,10 +922,12 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
 def plot(path: Path, log: Path, keys: list[str]) -> None:
     """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
     records = [json.loads(line) for line in log.read_text().splitlines()]
-    image = Image.new("RGB", (640, 200 * len(keys)), "white")
+    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
+    curves = {key: points for key, points in curves.items() if points}
+    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
     draw = ImageDraw.Draw(image)
-    for top, key in zip(range(0, image.height, 200), keys):
-        steps, values = np.array([(r["step"], r[key]) for r in records if key in r] or [(0, 0)]).T
+    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
+        steps, values = np.array(points).T
         x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
         y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
         draw.rectangle((20, top + 30, 620, top + 170), outline="grey")

@@ -165,8 +165,8 @@ class Args:
     """sides of D's maps with attention, in pixels"""
     attn_block: Literal["full", "pooled"] = "full"
     """attention to all positions, or SAGAN's to 2x2 max-pooled keys and values"""
-    loss: Literal["ns", "minimax", "hinge"] = "ns"
-    """non-saturating (Eqs 1-3), Eq. 1 to the letter, or SAGAN's hinge"""
+    loss: Literal["ns", "minimax", "hinge"] = "ns"  # Eqs. 1-3, G non-saturating
+    """adversarial loss"""
     sn: Literal["all", "backbone", "none"] = "all"
     """spectral norm on every convolution; on all but attention and outputs; on none"""
     boxes: Literal["all", "first"] = "all"
@@ -1232,6 +1232,7 @@ def figures(args: Args) -> None:
     (images, labels, _), target, n = load_images(args), folder / "figures", args.num_samples
     dogs = f", {args.boxes} boxes, {args.aspect}" if args.dataset == "stanford-dogs" else ""
     title = f"{args.dataset}{dogs}, {args.img_size}x{args.img_size}, seed {args.seed}"
+    title += f"; {fid.RANDOM_LABEL}" if args.fid_weights == "random" else ""
     target.mkdir(exist_ok=True)
     write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
     write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
@@ -1259,7 +1260,7 @@ def figures(args: Args) -> None:
         measured = {
             "spatial": spatial_check(args, inception, images),
             "diversity": diversity(args, inception, G, images, labels),
-            "n_real": len(images), **inception.protocol,
+            "n_real": len(images), "label": inception.label, **inception.protocol,
         }  # fmt: skip
         bars(target / "spatial.png", f"FID of distorted real images; {title}", measured["spatial"])
         with fid.atomic(target / "measured.json") as temporary:
@@ -1275,6 +1276,7 @@ def train(args: Args) -> dict[str, float]:
     device = setup(args)
     inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
     images, labels, path = load_images(args)
+    torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
     betas = args.beta1, args.beta2
     g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)

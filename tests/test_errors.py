@@ -336,7 +336,7 @@ def assert_mistake(result, words: str) -> None:
     lines = [x for x in err.splitlines() if x.startswith("error: ")]
     if "For full helptext" not in err:  # the parser speaks for itself
         assert len(lines) == 1, err
-    assert re.search(words, lines[0] if lines else err), err
+    assert re.search(words, lines[0] if lines else err, re.DOTALL), err
     assert "Traceback" not in err
 
 

@@ -774,10 +774,11 @@ def test_figures_with_inception(monkeypatch):
 
     monkeypatch.setattr(fid, "score_generator", score_generator)
     net = Means()
-    net.protocol = {"weights": "a stand-in"}
+    net.protocol, net.label = {"weights": "a stand-in"}, fid.RANDOM_LABEL
     monkeypatch.setattr(fid, "load_inception", lambda *a: net)
     sagan_dogs.figures(small(fid_num=10, fid_real=6, fid_batch_size=5))
     measured = json.loads((folder / "figures" / "measured.json").read_text())
     assert list(measured["spatial"]) == list(sagan_dogs.DISTORTIONS) and measured["n_real"] == 6
     assert all(images.shape == (6, 3, 32, 32) and images.dtype == torch.uint8 for images in calls)
+    assert measured["label"] == fid.RANDOM_LABEL
     assert measured["diversity"]["breeds"] == 4 and (folder / "figures" / "spatial.png").exists()

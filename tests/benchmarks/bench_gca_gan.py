@@ -88,9 +88,8 @@ def steps(rounds=7):
             if DEVICE.type == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated()
     kept = {name: step(count=True) for name, step in trainers.items()}
-    print(
-        f"training step ({DEVICE}, {torch.get_num_threads()} threads, widths {WIDTH}, batch {BATCH})"
-    )
+    threads = torch.get_num_threads()
+    print(f"training step ({DEVICE}, {threads} threads, widths {WIDTH}, batch {BATCH})")
     for name, spent in times.items():
         median, base = statistics.median(spent), statistics.median(times["none"])
         peak = f", peak memory ratio {memory[name] / memory['none']:.2f}" if memory else ""
