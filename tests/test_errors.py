@@ -372,7 +372,7 @@ def test_a_batch_that_processes_cannot_share(script, call, monkeypatch):
 @every_script
 def test_missing_inception_weights_stop_before_training(script, call, tmp_path, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
-    result = call(script, *tiny(script, "--eval-every", "2"))
+    result = call(script, *tiny(script, "--eval-every", "2", "--fid-weights", "auto"))
     assert_mistake(result, r"pt_inception-2015-12-05-6726825d\.pth.*--fid-weights")
     result = call(script, *tiny(script, "--eval-every", "2", "--fid-weights", "nowhere.pth"))
     assert_mistake(result, r"nowhere\.pth")
