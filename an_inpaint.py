@@ -29,8 +29,8 @@ Differences from the paper
  6. The paper's mask, range and compositing for Table 3 are not stated: centred 128x128 holes;
     scores on [0, 1], 8 bits, known pixels exact. Its MAE fits twice that range or no compositing.
 
-Evidence: see README.md, "Results". Paris StreetView has not been trained on; the full-size networks
-and the 80,000 steps have not been run.
+Evidence: see README.md, "The papers, row by row". Paris StreetView has not been trained on; the
+full-size networks and the 80,000 steps have not been run.
 """
 
 # --------------------------------------------------------------------------------------------------
@@ -751,8 +751,7 @@ def open_source(args: Args, held_out: bool) -> tuple[Dataset, list[int]]:
     else:
         source = Shapes() if args.dataset == "shapes" else fid.Folder(root)
         count = 1_000 if args.dataset == "shapes" else len(source)
-        every = 0 if args.eval_from else 20
-        return source, [i for i in range(count) if held_out == (every > 0 and i % every == 0)]
+        return source, [i for i in range(count) if held_out == (i % 20 == 0)]
     return source, list(range(len(source)))
 
 
@@ -808,7 +807,8 @@ def cache_photos(source: Dataset, indices: list[int], path: Path, args: Args, sm
         raise fid.UserError(f"{has}, the decoded images need {size / 1e9:.2f} GB")
     fid.say(f"decoding {len(sizes)} images into {path} ({size / 1e6:.0f} MB), once")
     work, broken = functools.partial(decode_photos, source, args), []
-    loader = DataLoader(indices, 16, num_workers=args.num_workers, collate_fn=work)
+    workers = min(args.num_workers, os.cpu_count() or 1)
+    loader = DataLoader(indices, 16, num_workers=workers, collate_fn=work)
     with fid.atomic(path.with_suffix(".sizes.npy")) as temporary, open(temporary, "wb") as file:
         np.save(file, np.array(sizes))
     with fid.atomic(path) as temporary, fid.Progress(len(sizes), "decoding") as progress:
@@ -992,7 +992,7 @@ FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training al
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "phase2_steps", "log_every",
     "sample_every", "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir",
     "eval_from", "mask_dir", "num_samples", "fid_batch_size", "eval_mask", "compare",
-    "image", "mask", "output", "invert_mask",
+    "image", "mask", "output",
 }  # fmt: skip
 
 
@@ -1003,7 +1003,7 @@ def setup(args: Args) -> torch.device:
     device = torch.device(name if args.device in ("auto", "cuda") else args.device)
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
         # while the first process decodes the data set.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -1349,6 +1349,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
     here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1479,7 +1480,11 @@ def photo_pairs(args: Args, folder: Path) -> list[tuple[Path, Path, Path]]:
         require(output.suffix.lower() == ".png", "output", "end in .png: JPEG would lose", output)
         pairs = [(image, mask, output)]
     else:
-        images, masks = ({path.stem: path for path in fid.image_files(f)} for f in (image, mask))
+        files = [fid.image_files(folder) for folder in (image, mask)]
+        images, masks = ({path.stem: path for path in paths} for paths in files)
+        for flag, paths, names in zip(("image", "mask"), files, (images, masks)):
+            again = len(paths) - len(names)
+            require(again == 0, flag, "hold each name once", f"{again} of {len(paths)} again")
         odd = sorted(images.keys() ^ masks.keys())
         if odd:
             text = f"{len(odd)} names stand in one of them only, such as {', '.join(odd[:5])}"
@@ -1542,7 +1547,8 @@ def train(args: Args) -> dict[str, float]:
     device = setup(args)
     wanted = args.eval_every and args.fid_weights
     inception = fid.load_inception(args.fid_weights, device) if wanted else None
-    photos, held_out = load_photos(args, held_out=False), load_photos(args, held_out=True)
+    photos, shown = load_photos(args, held_out=False), args.eval_every or args.sample_every
+    held_out = load_photos(args, held_out=True) if shown else None
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
     moments = args.beta1, args.beta2
@@ -1633,6 +1639,8 @@ def main() -> None:
     except (fid.UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

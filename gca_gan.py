@@ -25,7 +25,7 @@ Differences from the paper
  7. A is binarised only by `--gca-binarize`: the paper says that it may help some models.
  8. FID follows the standard protocol of fid.py, at the last step, never at the best one.
 
-Evidence: see README.md, "Results". Table 1 at its full length has not been run.
+Evidence: see README.md, "The papers, row by row". Table 1 at its full length has not been run.
 """
 
 # --------------------------------------------------------------------------------------------------
@@ -61,7 +61,8 @@ import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
@@ -261,6 +262,21 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 # 3. Layers
 # --------------------------------------------------------------------------------------------------
+class SpectralNorm(_SpectralNorm):
+    """Weight over its largest singular value, the power iteration in fp32 under autocast too."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
+def spectral_norm(layer: nn.Module) -> nn.Module:
+    """Divide a layer's weight by its largest singular value; one power iteration a forward."""
+    layer = parametrizations.spectral_norm(layer)
+    layer.parametrizations.weight[0].__class__ = SpectralNorm
+    return layer
+
+
 def edge_weights(f: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """A: row j is the attention of node j to all nodes and sums to 1; the logits are not scaled.
 
@@ -670,7 +686,7 @@ def setup(args: Args) -> torch.device:
     device = torch.device(name if args.device in ("auto", "cuda") else args.device)
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
         # while the first process decodes the data set.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -928,6 +944,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
     here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -940,13 +957,16 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
 
 def evaluate(args: Args) -> dict[str, float]:
     """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
+    source = Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
+    step = load_checkpoint(source)["step"]
     args, device, G, _, folder = open_checkpoint(args)
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
     scores = score(args, inception, G, images, path)
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
+            record = {"step": step, **scores, **inception.protocol}
+            temporary.write_text(json.dumps(record, indent=2))
     return scores
 
 
@@ -982,7 +1002,7 @@ def run_result(folder: Path) -> tuple[Args, str, float | None]:
     scores = [r["metric/fid"] for r in records if r["step"] == step and "metric/fid" in r]
     if not scores and (folder / "evaluate.json").exists():
         record = json.loads((folder / "evaluate.json").read_text())
-        scores, weights = [record["metric/fid"]], record["weights"]
+        scores, weights, step = [record["metric/fid"]], record["weights"], record["step"]
     label = f", {fid.RANDOM_LABEL}" if scores and weights == "random" else ""
     return args, f"{args.dataset}, step {step}{label}", scores[-1] if scores else None
 
@@ -1000,11 +1020,13 @@ def table(runs: list[Path]) -> str:
     head = "model | CelebA | LSUN church | experiment | G: M parameters / M MACs | D | FID | seeds"
     rows, found = [head, "|".join(["---"] * 8)], {}
     for args, where, value in map(run_result, runs):
-        key = args.model, args.block, f"{args.exp_name} ({where})"
+        # Runs join into a row where nothing but the seed, and what leaves it alone, differs.
+        flags = {k: v for k, v in asdict(args).items() if k not in FREE_FLAGS | {"seed"}}
+        key = args.model, args.block, f"{args.exp_name} ({where})", json.dumps(flags)
         found.setdefault(key, []).append((args, value))
     done = {key[:2] for key in found}
     missing = {(*key, "not run"): [] for key in PUBLISHED if key not in done}
-    for (model, block, experiment), members in sorted((found | missing).items()):
+    for (model, block, experiment, *_), members in sorted((found | missing).items()):
         name = model.upper() + {"none": "", "nl": " + NL", "gca": " + GCA"}[block]
         published = [f"{value:.2f}" for value in PUBLISHED.get((model, block), ())] or ["", ""]
         ours = ["", "", "", ""]
@@ -1013,7 +1035,7 @@ def table(runs: list[Path]) -> str:
             z, x = torch.zeros(1, args.z_dim), torch.zeros(1, 3, args.img_size, args.img_size)
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             mean = f"{statistics.mean(values):.2f}{spread}" if values else "not evaluated"
-            ours = [cost(Generator(args), z), cost(Discriminator(args), x), mean, str(len(members))]
+            ours = [cost(Generator(args), z), cost(Discriminator(args), x), mean, str(len(values))]
         rows.append(" | ".join([name, *published, experiment, *ours]))
     return "\n".join(f"| {row} |" for row in rows)
 
@@ -1156,6 +1178,8 @@ def main() -> None:
     except (fid.UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -24,7 +24,7 @@ Differences from the paper
  7. FID and IS follow the standard protocol of fid.py; the paper's IS of 4.7 beside an FID of 22.7
     shows that its own Inception differed, so compare models with each other, not with its tables.
 
-Evidence: see README.md, "Results". The paper's 1,000,000 steps have not been run.
+Evidence: see README.md, "The papers, row by row". The paper's 1,000,000 steps have not been run.
 """
 
 # --------------------------------------------------------------------------------------------------
@@ -58,7 +58,8 @@ import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
@@ -252,6 +253,21 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 # 3. Layers
 # --------------------------------------------------------------------------------------------------
+class SpectralNorm(_SpectralNorm):
+    """Weight over its largest singular value, the power iteration in fp32 under autocast too."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
+def spectral_norm(layer: nn.Module) -> nn.Module:
+    """Divide a layer's weight by its largest singular value; one power iteration a forward."""
+    layer = parametrizations.spectral_norm(layer)
+    layer.parametrizations.weight[0].__class__ = SpectralNorm
+    return layer
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
 
@@ -651,7 +667,7 @@ def setup(args: Args) -> torch.device:
     device = torch.device(name if args.device in ("auto", "cuda") else args.device)
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
         # while the first process decodes the data set.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -909,6 +925,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
     here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}

@@ -26,7 +26,7 @@ Differences from the paper
     to 10,336 files: `--mode evaluate --fid-distinct 608` gives that number, under another name.
     Compare methods with each other, not with the published values.
 
-Evidence: see README.md, "Results". The paper's 10,000 epochs have not been run.
+Evidence: see README.md, "The papers, row by row". The paper's 10,000 epochs have not been run.
 """
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +60,8 @@ import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
@@ -161,7 +162,7 @@ class Args:
     recipe: Literal["paper", "author"] = "paper"
     """what flags not given are: each method's own paper's settings, or those of the public code"""
     epochs: int = 0
-    """epochs to train for in place of --total-steps, 10000 in the paper; 0: --total-steps"""
+    """epochs in place of --total-steps, known once the data is open; 10000 in the paper; 0: none"""
     attn_blocks: tuple[Literal[1, 2, 3, 4, 5, "none"], ...] = (1, 2, 3, 4)
     """layers of the generator that attention follows (5: before the tanh), or none; a to d"""
     attn_block: Literal["full", "pooled"] = "pooled"
@@ -266,6 +267,21 @@ def check_args(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------
 # 3. Layers
 # --------------------------------------------------------------------------------------------------
+class SpectralNorm(_SpectralNorm):
+    """Weight over its largest singular value, the power iteration in fp32 under autocast too."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return super().forward(weight)
+
+
+def spectral_norm(layer: nn.Module) -> nn.Module:
+    """Divide a layer's weight by its largest singular value; one power iteration a forward."""
+    layer = parametrizations.spectral_norm(layer)
+    layer.parametrizations.weight[0].__class__ = SpectralNorm
+    return layer
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
 
@@ -606,7 +622,7 @@ def setup(args: Args) -> torch.device:
     device = torch.device(name if args.device in ("auto", "cuda") else args.device)
     if cuda:
         torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
         # while the first process decodes the data set.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -864,6 +880,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
     here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -922,7 +939,7 @@ def evaluate(args: Args) -> dict[str, float]:
     if args.fid_distinct:
         scores["metric/replica"] = value = replica_fid(args, inception, G, images)
         fid.say(f"replica of the public code, repeated images, not a protocol of FID: {value:.6g}")
-    record = {**scores, "n_fake": args.fid_num, "n_real": len(images), **inception.protocol}
+    record = {**scores, **inception.protocol}
     if fid.processes()[0] == 0:
         with fid.atomic(folder / "evaluate.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2))
@@ -981,7 +998,7 @@ def order(fids: dict[str, float]) -> str:
 def compare_methods(out_dir: Path) -> str:
     """Tables 2 and 3 from the run folders beside the published numbers, as Markdown.
 
-    A run counts for its method under its default name (no --exp-name) and by its best FID, as the
+    A run counts for its method with the method's default flags only, by its best FID, as the
     paper's do; the mean over seeds. Every run is listed, with what may set it apart from others.
     """
     runs, best = ["| run | step | batch | widths | samples | best FID | last FID |"], {}
@@ -990,7 +1007,11 @@ def compare_methods(out_dir: Path) -> str:
         args = json.loads(path.read_text())["args"]
         log = [json.loads(x) for x in path.with_name("log.jsonl").read_text().splitlines()]
         fids = [record["metric/fid"] for record in log if "metric/fid" in record]
-        if fids and args["fid_weights"] != "random" and args["exp_name"] == args["method"]:
+        recipe = RECIPES["paper"].get(args["method"], {})
+        usual = asdict(Args(method=args["method"], dataset=args["dataset"], **recipe))
+        usual = json.loads(json.dumps(usual))  # tuples become lists, as in args.json
+        apart = {key for key, value in usual.items() if value != args.get(key)}
+        if fids and not apart - FREE_FLAGS - {"seed", "amp", "deterministic"}:
             best.setdefault((args["method"], args["dataset"]), []).append(min(fids))
         scores = f"{min(fids):.4f} | {fids[-1]:.4f}" if fids else "none | none"
         scores += f" {fid.RANDOM_LABEL}" if args["fid_weights"] == "random" else ""

@@ -562,7 +562,8 @@ def test_the_attention_figure_shows_what_the_maps_hold():
 def write_run(folder, method, dataset="mnist", fids=(), seed=1, name=None, **flags):
     run = folder / f"sagan_div__{dataset}__{name or method}__s{seed}"
     run.mkdir(parents=True)
-    args = vars(small(method, dataset=dataset, seed=seed, exp_name=name or method, **flags))
+    flags = {**sagan_div.RECIPES["paper"].get(method, {}), "exp_name": name or method, **flags}
+    args = vars(sagan_div.Args(method=method, dataset=dataset, seed=seed, **flags))
     (run / "args.json").write_text(json.dumps({"args": args}))
     lines = [{"step": 100 * i, "metric/fid": value} for i, value in enumerate(fids, 1)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -573,6 +574,7 @@ def test_tables_from_run_folders(tmp_path):
         write_run(tmp_path, method, fids=fids)
     write_run(tmp_path, "d", fids=[50], seed=2)
     write_run(tmp_path, "d", fids=[1], name="tuned")
+    write_run(tmp_path, "d", fids=[3], seed=3, attn_blocks=("none",))  # an ablation is not d
     write_run(tmp_path, "sngan", fids=[2], fid_weights="random")
     write_run(tmp_path, "dcgan", "fashion-mnist")
     text = sagan_div.compare_methods(tmp_path)
@@ -582,7 +584,7 @@ def test_tables_from_run_folders(tmp_path):
     assert "| fashion-mnist | dcgan | 86.5129 | not run |" in text
     assert "- mnist: published holds; ours holds" in text
     assert "- fashion-mnist: published holds; ours not to be told, missing d b a c" in text
-    assert "| sagan_div__mnist__b__s1 | 300 | 64 | 4, 4 | 10000 | 60.0000 | 65.0000 |" in text
+    assert "| sagan_div__mnist__b__s1 | 300 | 64 | 64, 64 | 10000 | 60.0000 | 65.0000 |" in text
     assert "| 1.0000 | 1.0000 |" in text and fid.RANDOM_LABEL in text
 
 
