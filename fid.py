@@ -205,6 +205,11 @@ def processes() -> tuple[int, int]:
     return 0, 1
 
 
+def mix(*key: int | str) -> int:
+    """A seed that depends on all of `key`, also in its low 32 bits: the CPU reads no others."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` in process 0 only; every process gets its result, or its UserError.
 
@@ -215,7 +220,7 @@ def on_main(function: Callable[[], T]) -> T:
     if rank == 0:
         try:
             outcome[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome[1] = str(error)
     if world > 1:
         dist.broadcast_object_list(outcome, src=0)

@@ -41,6 +41,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,9 +216,15 @@ def check_common(args: Args) -> None:
     require(training or not args.resume, "resume", "go with --mode train", args.mode)
     must = "stay empty with --mode train (--resume goes on with a run)"
     require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    kind, cuda = args.device.partition(":")[0], torch.cuda.is_available()
-    must = "be auto, cpu, cuda or cuda:N" if cuda else "be cpu: PyTorch sees no CUDA device"
-    require(kind in ("auto", "cpu", "cuda" if cuda else "cpu"), "device", must, args.device)
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
+    must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
+    require(args.device in known, "device", must, args.device)
+    shared = gpus and args.device in ("auto", "cuda") and local >= gpus
+    require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
+    folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
+    if first and training and not (args.resume or args.dry_run) and folder.exists():
+        raise fid.UserError(f"{folder} holds a run: add --resume, or choose another --exp-name")
 
 
 def check_args(args: Args) -> None:
@@ -685,7 +692,7 @@ def endless_batches(
 
     @functools.lru_cache(1)
     def order(epoch: int) -> Tensor:
-        shuffle = torch.Generator().manual_seed(args.seed * 2**20 + epoch)
+        shuffle = torch.Generator().manual_seed(fid.mix("order", args.seed, epoch))
         return torch.randperm(len(images), generator=shuffle).to(data[0].device)
 
     def read(index: int) -> list[Tensor]:
@@ -764,7 +771,8 @@ class Run:
         self.keys, self.rows = [], []  # names, and values of each step since the last log line
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
         if args.amp == "auto" and device.type == "cuda":
-            self.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = torch.bfloat16 if native else torch.float16
         fp16 = self.dtype == torch.float16
         self.parts["scaler"] = self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.noise = torch.Generator(device)
@@ -786,12 +794,13 @@ class Run:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True)
         cuda = self.device.type == "cuda"
         about = {
             "args": asdict(self.args),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "commit": found.stdout.strip() if found else "",
         }
         with fid.atomic(self.folder / "args.json") as temporary:
             temporary.write_text(json.dumps(about, indent=2))
@@ -808,8 +817,8 @@ class Run:
         Every process draws the noise of the whole batch and keeps its share, so that the result
         does not depend on their number; dropout and the like draw from a stream of their own.
         """
-        self.noise.manual_seed(self.args.seed * 2**40 + self.step)
-        torch.manual_seed((self.args.seed + self.rank + 1) * 2**40 + self.step)
+        self.noise.manual_seed(fid.mix("noise", self.args.seed, self.step))
+        torch.manual_seed(fid.mix("rest", self.args.seed, self.rank, self.step))
 
     def draw(self, sampler: Callable[..., Tensor], *shape: int) -> Tensor:
         """This process's share of noise of the given global shape, by torch.randn or torch.rand."""
@@ -838,7 +847,7 @@ class Run:
         norm = nn.utils.get_total_norm(grads)
         self.scaler.step(opt)
         self.scaler.update()
-        return norm
+        return norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm  # 0: step skipped
 
     def collect(self, terms: dict[str, Tensor]) -> bool:
         """Count a finished step and keep its terms, all on the device; whether to stop now."""
@@ -863,7 +872,8 @@ class Run:
         rows = torch.stack(self.rows)
         if self.world > 1:
             dist.all_reduce(rows)
-        rows = rows.cpu().double() / self.world
+            self.rows = list(rows.div_(self.world))  # the same everywhere, and in the checkpoint
+        rows = rows.cpu().double()
         for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
             step = self.step - len(rows) + 1 + row
             raise FloatingPointError(f"{self.keys[column]} is {rows[row, column]:g} at step {step}")
@@ -874,7 +884,8 @@ class Run:
         values, now, total = self.means() | extra, time.perf_counter(), self.args.total_steps
         rate = len(self.rows) / (now - self.clock)
         self.rows, self.clock = [], now
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         values["perf/steps_per_sec"] = rate
@@ -899,15 +910,17 @@ class Run:
         """Write what a bit-identical continuation needs; noise and data follow from the step."""
         if self.rows:
             self.means()  # no checkpoint of a run that has gone wrong
-        if self.rank > 0:
-            return
         state = {
             "format": FORMAT, "script": Path(__file__).stem, "args": asdict(self.args),
             "step": self.step, "best_fid": self.best_fid, "keys": self.keys, "rows": self.rows,
             "parts": {key: part.state_dict() for key, part in self.parts.items()},
         }  # fmt: skip
-        with fid.atomic(self.folder / name) as temporary, open(temporary, "wb") as file:
-            torch.save(state, file)
+
+        def write() -> None:
+            with fid.atomic(self.folder / name) as temporary, open(temporary, "wb") as file:
+                torch.save(state, file)
+
+        fid.on_main(write)  # the others wait: torchrun ends all as soon as one has ended
 
     def restore(self, state: dict) -> None:
         """Take up a checkpoint (fid.UserError where its flags differ from this run's)."""
@@ -925,9 +938,10 @@ class Run:
         self.rows = [row.to(self.device) for row in state["rows"]]
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Finish the step and save; a second signal ends the run at once."""
+        """Finish the step and save; a second Ctrl-C ends the run at once."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # SIGTERM comes twice: from the cluster and from torchrun
+            signal.signal(number, signal.SIG_DFL)
         fid.say(f"{signal.Signals(number).name}: finishing the step, then saving")
 
 
@@ -936,7 +950,9 @@ class Run:
 # --------------------------------------------------------------------------------------------------
 def eval_noise(args: Args, count: int) -> Tensor:
     """The first `count` noise vectors (count, z_dim) of every grid, sample and evaluation."""
-    return torch.randn(count, args.z_dim, generator=torch.Generator().manual_seed(args.eval_seed))
+    generator = torch.Generator().manual_seed(args.eval_seed)
+    # In blocks of 16 rows: the CPU draws the last few numbers of a tensor in another way.
+    return torch.randn(-(-count // 16) * 16, args.z_dim, generator=generator)[:count]
 
 
 @torch.no_grad()
@@ -958,7 +974,10 @@ def write_grid(path: Path, images: Tensor, columns: int) -> None:
 def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
     """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
     if 0 < args.fid_real < len(images):
-        images = images[:: len(images) // args.fid_real][: args.fid_real]
+        images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
+    if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
+        for buffer in G.buffers():  # which the checkpoint holds
+            dist.broadcast(buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
     z, size = eval_noise(args, args.fid_num), args.fid_batch_size
@@ -1029,7 +1048,11 @@ def sample(args: Args) -> None:
     args, _, G, _, folder = open_checkpoint(args)
     parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
     images = torch.cat([generate(G, z).cpu() for z in parts])
+    if fid.processes()[0] > 0:
+        return
     (folder / "generated").mkdir(exist_ok=True)
+    for old in (folder / "generated").glob("*.png"):
+        old.unlink()
     for i, image in enumerate(images):
         write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
     write_grid(folder / "generated.png", images, math.isqrt(len(images)))
@@ -1270,10 +1293,10 @@ def figures(args: Args) -> None:
     if len(G.attn):
         draw_attention(args, G, target / "attention.png", f"attention in G; {title}")
     if args.eval_every:
-        inception, every = fid.load_inception(args.fid_weights, device), 1
+        inception = fid.load_inception(args.fid_weights, device)
         if 0 < args.fid_real < len(images):
-            every = len(images) // args.fid_real
-        images, labels = (x[::every][: args.fid_real or None] for x in (images, labels))
+            rows = np.arange(args.fid_real) * len(images) // args.fid_real
+            images, labels = images[rows], labels[rows]
         measured = {
             "spatial": spatial_check(args, inception, images),
             "diversity": diversity(args, inception, G, images, labels),

@@ -50,6 +50,7 @@ VARIANTS = {
         "--giu all --no-rbn --sn-output --sn-giu --optimizer rmsprop",
         "--img-size 64 --init normal --hflip --n-critic 2",
         "--no-kernel-norm --giu-act-d every --optimizer adagrad --amp bf16",
+        "--amp fp16 --seed 20240101",
     ],
     "sagan_div": [
         "--method a",

@@ -20,7 +20,9 @@ def write_image(path, colour, size=(40, 30), mode="RGB"):
 
 
 def folder_args(**flags):
-    return Args(**{"dataset": "folder", "data_dir": "tree", "batch_size": 2, "num_workers": 0} | flags)
+    return Args(
+        **{"dataset": "folder", "data_dir": "tree", "batch_size": 2, "num_workers": 0} | flags
+    )
 
 
 @pytest.fixture
@@ -86,7 +88,9 @@ def test_the_cache_is_built_once_and_its_name_holds_what_decides_it(tree, capsys
     assert "decoding" in capsys.readouterr().out
     assert giu_gan.load_images(folder_args(seed=5))[2] == path
     assert path.stat().st_mtime_ns == stamp and "decoding" not in capsys.readouterr().out
-    others = {giu_gan.load_images(folder_args(**flags))[2] for flags in ({"img_size": 64}, {"crop": 9})}
+    others = {
+        giu_gan.load_images(folder_args(**flags))[2] for flags in ({"img_size": 64}, {"crop": 9})
+    }
     write_image(tree / "b" / "palette.png", 5, size=(41, 31), mode="P")  # same name, other bytes
     others.add(giu_gan.load_images(folder_args())[2])
     assert len(others | {path}) == 4

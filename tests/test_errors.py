@@ -31,6 +31,8 @@ COMMON = [
     (["--num-samples", "0"], r"--num-samples must be at least 1"),
     (["--num-workers", "-2"], r"--num-workers must be at least 0"),
     (["--device", "cuda"], r"--device must be cpu.*got cuda"),
+    (["--device", "cpu:x"], r"--device must be"),
+    (["--device", "cuda:99"], r"--device must be"),
     (["--device", "quantum"], r"--device must be"),
     (["--checkpoint", "x.pt"], r"--checkpoint must stay empty with --mode train"),
     (["--mode", "evaluate", "--resume"], r"--resume must go with --mode train, got evaluate"),
@@ -136,10 +138,16 @@ CASES = {
     ],
     "gca_gan": [
         (["--img-size", "48"], r"--img-size must be 32, 64 or 128, got 48"),
-        (["--dataset", "celeba", "--crop", "200"], r"--crop must be at most 178 with --dataset celeba, .*got 200"),
+        (
+            ["--dataset", "celeba", "--crop", "200"],
+            r"--crop must be at most 178 with --dataset celeba, .*got 200",
+        ),
         (["--crop", "-1"], r"--crop must be at least 0, got -1"),
         (["--crop", "face"], r"face"),
-        (["--dataset", "celeba", "--squash", "--crop", "178"], r"--crop must be 0 with --squash, got 178"),
+        (
+            ["--dataset", "celeba", "--squash", "--crop", "178"],
+            r"--crop must be 0 with --squash, got 178",
+        ),
         (["--squash"], r"--squash must stay off without --dataset celeba"),
         (["--d-ch", "3"], r"--gca-k must divide the 12 channels of D's 8x8 map, got 8"),
         (
@@ -317,7 +325,10 @@ CASES = {
             ],
             r"c.pt is missing",
         ),
-        (["--dataset", "paris-streetview", "--data-dir", "{tmp}"], r"paris-streetview not found in .*train/ and val/ \(or test/\)"),
+        (
+            ["--dataset", "paris-streetview", "--data-dir", "{tmp}"],
+            r"paris-streetview not found in .*train/ and val/ \(or test/\)",
+        ),
         (["--dataset", "folder", "--data-dir", "{tmp}/no"], r"no does not exist"),
         (["--dataset", "folder", "--data-dir", "{tmp}"], r"no images .* under"),
         (["--img-size", "64", "--eval-from", "{tmp}/no"], r"no does not exist"),

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 
 import giu_gan
 from giu_gan import GIU, Args, Discriminator, Generator, RepresentativeBatchNorm2d, involution
-
 
 
 def count(net: nn.Module) -> int:
@@ -398,3 +398,23 @@ def test_an_update_is_adam_on_the_gradient_of_the_loss(tmp_path):
     for old, new, grad in zip(before, parameters, grads):
         step = grad / (grad.abs() + 1e-8)  # Adam's first step with beta1 = 0
         torch.testing.assert_close(new.detach(), old - 1e-3 * step, rtol=0, atol=1e-6)
+
+
+def test_the_first_noise_vectors_do_not_depend_on_their_number():
+    args = Args(model="lsgan")  # z of 100: no multiple of 16
+    assert torch.equal(giu_gan.eval_noise(args, 3), giu_gan.eval_noise(args, 64)[:3])
+
+
+def test_fid_real_spreads_over_the_whole_data_set(monkeypatch, tmp_path):
+    """The images are sorted by class: their first part is no sample of them."""
+    images, seen = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1), []
+
+    class Inception:
+        protocol, label = {"sha256": "0" * 64}, ""
+
+    monkeypatch.setattr(giu_gan.fid, "dataset_moments", lambda net, x, *a, **k: seen.append(x))
+    monkeypatch.setattr(giu_gan.fid, "score_generator", lambda *a: {"fid": 1.0})
+    args = Args(fid_real=30, fid_num=10)
+    giu_gan.score(args, Inception(), nn.Identity(), images, tmp_path / "x.npy")
+    (picked,) = seen
+    assert len(picked) == 30 and picked.max() >= 48 and len(np.unique(picked)) == 30
