@@ -468,7 +468,12 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path):
     assert "Traceback" not in done.stderr
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not list(folder.glob(".*tmp"))
-    fresh = [sys.executable, "-c", code, *tiny("giu_gan", "--data-dir", "elsewhere")]
+    fresh = [
+        sys.executable,
+        "-c",
+        code,
+        *tiny("giu_gan", "--data-dir", "elsewhere", "--exp-name", "x"),
+    ]
     done = subprocess.run(fresh, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "error: cannot write elsewhere" in done.stderr
     assert not list((tmp_path / "elsewhere" / "cache").iterdir())

@@ -187,7 +187,7 @@ def storm(script: str, kills: int, tmp_path: Path, flags: list[str]) -> None:
     for _ in range(kills):
         process = start(script, *flags, "--out-dir", "storm", "--resume", cwd=tmp_path)
         try:
-            process.wait(timeout=rng.uniform(0.4, 1.0) * whole)
+            process.wait(timeout=rng.uniform(0.2, 0.7) * whole)
             done += 1
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
