@@ -418,3 +418,29 @@ def test_fid_real_spreads_over_the_whole_data_set(monkeypatch, tmp_path):
     giu_gan.score(args, Inception(), nn.Identity(), images, tmp_path / "x.npy")
     (picked,) = seen
     assert len(picked) == 30 and picked.max() >= 48 and len(np.unique(picked)) == 30
+
+
+def test_processes_keep_the_mean_of_their_terms(monkeypatch, tmp_path):
+    """The checkpoint of the first process is every process's on resume."""
+    others = iter([torch.tensor([[3.0]]), torch.tensor([[2.0]])])
+    monkeypatch.setattr(giu_gan.dist, "all_reduce", lambda rows: rows.add_(next(others)))
+    run = giu_gan.Run(Args(dataset="shapes"), torch.device("cpu"))
+    run.world, run.step, run.keys, run.rows = 2, 1, ["loss/d"], [torch.tensor([1.0])]
+    assert run.means() == {"loss/d": 2.0} and run.rows[0].item() == 2.0
+    assert run.means() == {"loss/d": 2.0}  # read again, as for a checkpoint and then the log
+
+
+def test_processes_score_the_generator_of_the_checkpoint(monkeypatch, tmp_path):
+    """Batch norm's statistics differ from process to process; the first's are the saved ones."""
+    monkeypatch.setattr(giu_gan.fid, "processes", lambda: (1, 2))
+    monkeypatch.setattr(giu_gan.dist, "broadcast", lambda buffer, source: buffer.fill_(7))
+    monkeypatch.setattr(giu_gan.fid, "dataset_moments", lambda *a, **k: None)
+    monkeypatch.setattr(giu_gan.fid, "score_generator", lambda *a: {"fid": 1.0})
+
+    class Inception:
+        protocol, label = {"sha256": "0" * 64}, ""
+
+    G = nn.BatchNorm2d(3)
+    images = np.zeros((4, 3, 2, 2), np.uint8)
+    giu_gan.score(Args(fid_num=10), Inception(), G, images, tmp_path / "x.npy")
+    assert (G.running_mean == 7).all() and (G.running_var == 7).all()

@@ -275,6 +275,42 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
         assert process.communicate(timeout=60) and process.returncode == 0
 
 
+def slow_saves(tmp_path, monkeypatch) -> list[str]:
+    """Checkpoints of the coming processes take three seconds longer; flags of an endless run."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time, torch\nsave = torch.save\n"
+        "torch.save = lambda *a, **k: (time.sleep(3), save(*a, **k))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    never = ["--total-steps", "100000", "--save-every", "100000"]
+    return tiny("giu_gan", *never, "--sample-every", "0", "--log-every", "1")
+
+
+def test_no_process_ends_before_the_checkpoint_is_written(tmp_path, monkeypatch):
+    """torchrun ends all processes as soon as one has ended."""
+    first, second = together("giu_gan", 2, slow_saves(tmp_path, monkeypatch), tmp_path)
+    while "step " not in first.stdout.readline():
+        pass
+    first.send_signal(signal.SIGTERM)
+    second.communicate(timeout=60)
+    assert (run_folder() / "checkpoint.pt").exists()
+    assert first.communicate(timeout=60) and first.returncode == 128 + signal.SIGTERM
+
+
+def test_a_second_sigterm_does_not_cut_the_save_short(tmp_path, monkeypatch):
+    """It comes twice where the cluster signals torchrun and the processes."""
+    process = start("giu_gan", *slow_saves(tmp_path, monkeypatch), cwd=tmp_path)
+    while "step " not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    while "SIGTERM" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert state(run_folder())["step"] > 0
+
+
 @every_script
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(script, call):
     assert call(script, *tiny(script, "--total-steps", "2"))[0] == 0
