@@ -736,22 +736,26 @@ def endless_batches(
     """This process's shares of the batches from `index` on: images in [-1, 1], labels.
 
     Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
-    quarter of its free memory; else a thread reads ahead from the disk into pinned memory.
+    quarter of its free memory; else a thread reads ahead from the disk, for CUDA into pinned memory.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
-    pinned = cuda and images.nbytes > torch.cuda.mem_get_info(device)[0] / 4
-    data = [torch.from_numpy(images), labels]
-    data = [part.to(device) for part in data] if cuda and not pinned else data
+    resident = cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
+    data = [images, labels.numpy()]
+    data = [torch.from_numpy(part).to(device) for part in data] if resident else data
 
     @functools.lru_cache(1)
     def order(epoch: int) -> Tensor:
         shuffle = torch.Generator().manual_seed(fid.mix("order", args.seed, epoch))
-        return torch.randperm(len(images), generator=shuffle).to(data[0].device)
+        rows = torch.randperm(len(images), generator=shuffle)
+        return rows.to(device) if resident else rows
 
     def read(index: int) -> list[Tensor]:
         epoch, place = divmod(index, len(images) // size)
         rows = order(epoch)[place * size : (place + 1) * size].chunk(world)[rank]
-        return [part[rows].pin_memory() if pinned else part[rows] for part in data]
+        # numpy takes the rows: PyTorch would start a second team of threads from this thread, and
+        # the two teams would wait for each other's cores in every operation of the training.
+        batch = [torch.as_tensor(part[rows]) for part in data]
+        return [part.pin_memory() for part in batch] if cuda and not resident else batch
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, index)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import giu_gan
 import numpy as np
@@ -216,6 +217,26 @@ def test_processes_share_the_global_batch_out(monkeypatch):
         parts.append([y for _, y in batches(images)])
     for whole, first, second in zip(together, *parts):
         assert torch.equal(whole, torch.cat([first, second]))
+
+
+def test_reading_ahead_starts_no_second_team_of_threads():
+    """PyTorch's operations in the reading thread would: training halved its speed on two cores."""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("needs Linux to count its threads")
+    threads, images = torch.get_num_threads(), np.zeros((512, 3, 32, 32), np.uint8)
+    try:
+        torch.set_num_threads(4)
+        torch.ones(1 << 20).add_(1)  # this thread's own team
+        before = len(list(Path("/proc/self/task").iterdir()))
+        args = giu_gan.Args(batch_size=256)
+        stream = giu_gan.endless_batches(
+            images, torch.zeros(512, dtype=torch.long), args, torch.device("cpu"), 0
+        )
+        next(stream)
+        next(stream)
+        assert len(list(Path("/proc/self/task").iterdir())) == before + 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_uint8_survives_the_round_trip():
