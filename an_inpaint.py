@@ -805,7 +805,6 @@ def cache_photos(source: Dataset, indices: list[int], path: Path, args: Args, sm
         require(False, "img_size", must, side)
     if least:
         fid.warn(f"{least} of {len(sizes)} images are smaller than --img-size {side}: enlarged")
-    path.parent.mkdir(parents=True, exist_ok=True)
     ends = np.cumsum([0, *(height * width * 3 for height, width in sizes)])
     free, size = shutil.disk_usage(path.parent).free, int(ends[-1])
     if size > free:
@@ -815,10 +814,8 @@ def cache_photos(source: Dataset, indices: list[int], path: Path, args: Args, sm
     work, broken = functools.partial(decode_photos, source, args), []
     workers = min(args.num_workers, os.cpu_count() or 1)
     loader = DataLoader(indices, 16, num_workers=workers, collate_fn=work)
-    with fid.atomic(path.with_suffix(".sizes.npy")) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.array(sizes))
     with fid.atomic(path) as temporary, fid.Progress(len(sizes), "decoding") as progress:
-        flat, images = np.lib.format.open_memmap(temporary, "w+", np.uint8, (size,)), 0
+        flat, images = fid.create_array(temporary, (size,)), 0
         for image in itertools.chain.from_iterable(loader):
             if isinstance(image, str):
                 broken.append(image)
@@ -830,15 +827,18 @@ def cache_photos(source: Dataset, indices: list[int], path: Path, args: Args, sm
         if broken:
             text = "\n  ".join(broken)
             raise fid.UserError(f"{len(broken)} images cannot be read:\n  {text}")
+        with fid.atomic(path.with_suffix(".sizes.npy")) as table, open(table, "wb") as file:
+            np.save(file, np.array(sizes))
 
 
 class Photos:
     """Decoded photographs of any size from --img-size on, in one flat memory-mapped array."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
-        self.names, self.flat = names, np.load(path, mmap_mode="r")
-        self.sizes = np.load(path.with_suffix(".sizes.npy"))
+        self.names = names
+        self.sizes = fid.open_array(path.with_suffix(".sizes.npy"), (len(names), 2), np.int64)
         self.ends = np.cumsum(self.sizes.prod(axis=1) * 3)
+        self.flat = fid.open_array(path, (int(self.ends[-1]),))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -877,7 +877,9 @@ def load_photos(args: Args, held_out: bool) -> Photos:
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         path = Path(args.data_dir) / "cache" / f"photos-{args.img_size}-{digest}.npy"
         if not path.exists():
-            cache_photos(source, indices, path, args, small=args.resize or not held_out)
+            with fid.lock(path.with_name(f".{path.name}.lock"), f"{path.stem}*", wait=True):
+                if not path.exists():  # no other run made it meanwhile
+                    cache_photos(source, indices, path, args, small=args.resize or not held_out)
         names = [file.stem for file in getattr(source, "files", [])]
         return str(path), [names[i] if names else f"{i:05d}" for i in indices]
 
@@ -1013,7 +1015,7 @@ def setup(args: Args) -> torch.device:
         # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
         # while the first process decodes the data set.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        fid.collective(dist.init_process_group, backend, timeout=timedelta(hours=12))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1030,7 +1032,7 @@ def run_folder(args: Args) -> Path:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = fid.read_checkpoint(path)
         origin = state["script"], state["format"]
     except Exception as error:  # the unpickler of a damaged file can raise anything
         reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
@@ -1068,9 +1070,14 @@ class Run:
     def open(self) -> None:
         """Make the run folder, or with --resume take up its checkpoint, and start the log."""
         checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        if fid.on_main(lambda: self.folder.exists() and not self.args.resume):
-            how = "add --resume to go on with it, or choose another --exp-name"
-            raise fid.UserError(f"{self.folder} holds a run: {how}")
+
+        def take() -> None:
+            if self.folder.exists() and not self.args.resume:
+                how = "add --resume to go on with it, or choose another --exp-name"
+                raise fid.UserError(f"{self.folder} holds a run: {how}")
+            self.lock = fid.lock(self.folder / ".lock", "*.pt")
+
+        fid.on_main(take)
         if fid.on_main(checkpoint.exists):
             self.restore(load_checkpoint(checkpoint))
         if self.rank > 0:
@@ -1087,10 +1094,10 @@ class Run:
         }
         with fid.atomic(self.folder / "args.json") as temporary:
             temporary.write_text(json.dumps(about, indent=2))
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
+        kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
         with fid.atomic(log) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
 
@@ -1122,7 +1129,7 @@ class Run:
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
             flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
+            fid.collective(dist.all_reduce, flat)
             shares = flat.div_(self.world).split([grad.numel() for grad in grads])
             for grad, share in zip(grads, shares):
                 grad.copy_(share.view_as(grad))
@@ -1142,7 +1149,7 @@ class Run:
         self.seed()
         if self.world > 1:  # a signal to any process stops all of them at the same step
             shared = torch.tensor(self.signal)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            fid.collective(dist.all_reduce, shared, dist.ReduceOp.MAX)
             self.signal = int(shared)
         return self.signal > 0
 
@@ -1154,7 +1161,7 @@ class Run:
         """Means of the collected terms; FloatingPointError names the first that is not finite."""
         rows = torch.stack(self.rows)
         if self.world > 1:
-            dist.all_reduce(rows)
+            fid.collective(dist.all_reduce, rows)
             self.rows = list(rows.div_(self.world))  # the same everywhere, and in the checkpoint
         rows = rows.cpu().double()
         for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
@@ -1215,8 +1222,7 @@ class Run:
         ]
         if differing:
             raise fid.UserError(f"{self.folder} cannot be resumed: {'; '.join(differing)}")
-        for key, part in self.parts.items():
-            part.load_state_dict(state["parts"][key])
+        fid.load_parts(self.parts, state["parts"], self.folder / "checkpoint.pt")
         self.step, self.best_fid, self.keys = state["step"], state["best_fid"], state["keys"]
         self.rows = [row.to(self.device) for row in state["rows"]]
 
@@ -1366,8 +1372,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
-    for key, net in nets.items():
-        net.load_state_dict(state["parts"][key])
+    fid.load_parts(nets, state["parts"], path)
+    for net in nets.values():
         net.to(device).eval()
     fid.say(f"{path}: step {state['step']}")
     return args, device, nets["G"], nets["D"], path.parent
@@ -1375,7 +1381,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
 
 def plot(path: Path, log: Path, keys: list[str]) -> None:
     """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = fid.read_records(log)
     curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
     curves = {key: points for key, points in curves.items() if points}
     image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")

@@ -29,8 +29,11 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
+import socket
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -39,7 +42,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import numpy as np
 import scipy.linalg
@@ -210,6 +213,15 @@ def mix(*key: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
+def collective(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Call a function of torch.distributed; UserError where another process is gone."""
+    try:
+        return function(*args, **kwargs)
+    except RuntimeError as error:  # all that gloo and NCCL raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"lost another process, which may have said why: {reason}") from error
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` in process 0 only; every process gets its result, or its UserError.
 
@@ -223,7 +235,7 @@ def on_main(function: Callable[[], T]) -> T:
         except (UserError, OSError) as error:
             outcome[1] = str(error)
     if world > 1:
-        dist.broadcast_object_list(outcome, src=0)
+        collective(dist.broadcast_object_list, outcome, src=0)
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
@@ -234,7 +246,7 @@ def sum_processes(*tensors: Tensor) -> None:
     if processes()[1] > 1:
         for tensor in tensors:
             buffer = tensor.cuda() if "nccl" in dist.get_backend() else tensor.cpu()
-            dist.all_reduce(buffer)
+            collective(dist.all_reduce, buffer)
             tensor.copy_(buffer)
 
 
@@ -257,7 +269,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
     Raises: UserError where the system refuses to write (no space, no permission, quota).
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the number of the process: on a shared disk two machines may have the same.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         yield temporary
         with open(temporary, "r+b") as file:
@@ -279,6 +292,118 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it may never have come to be
             temporary.unlink()
+
+
+def lock(path: Path, leftovers: str, wait: bool = False) -> IO[str]:
+    """Hold a lock until the returned file is closed or the process ends, in whatever way.
+
+    Where two hold it at once is a mistake, or with `wait` the second waits. Whoever has it removes
+    what killed writers left of the files beside `path` whose names match `leftovers`. A lock of
+    the POSIX kind: children do not inherit it, and it holds across machines with a shared disk.
+
+    Raises: UserError where another process has it and this one is not to wait.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")
+    try:
+        import fcntl  # not everywhere
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the system chooses which
+            file.seek(0)
+            holder = f"{path.parent} is in use by {file.read() or 'another process'}"
+            if not wait:
+                raise UserError(f"{holder}: let it end, or choose another name") from None
+            note(f"{holder}: waiting for it")
+            fcntl.lockf(file, fcntl.LOCK_EX)
+    except (OSError, ModuleNotFoundError) as error:
+        warn(f"{path.parent}: no locks here ({error}), so let no two runs write there at once")
+        return file
+    with suppress(OSError):  # a full disk; the lock holds without a name
+        os.truncate(path, 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    for old in path.parent.glob(f".{leftovers}.*.tmp"):
+        old.unlink(missing_ok=True)
+    return file
+
+
+def quiet_threads() -> None:
+    """No traceback where a thread ends by an OSError: TensorBoard's next call raises it again."""
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not issubclass(failure.exc_type, OSError):
+            threading.__excepthook__(failure)
+
+    threading.excepthook = hook
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, none where it is missing; a last line without end is left out.
+
+    Raises: UserError that names a line that is no JSON object.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            try:
+                records.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}: line {number} is damaged ({error})") from error
+    return records
+
+
+def read_checkpoint(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain containers only, every checksum right.
+
+    torch.load by itself does not look at the checksums: a flipped bit would go unseen into a
+    weight. Raises: anything, for a file that is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if name := archive.testzip():
+            raise ValueError(f"the checksum of {name} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any], path: Path) -> None:
+    """Load networks and the like; UserError where the states in the file `path` do not fit them."""
+    for key, part in parts.items():
+        try:
+            part.load_state_dict(states[key])
+        except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} is of another version, {key}: {reason}") from error
+
+
+def create_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A new .npy file of uint8 zeros as a memory map, its disk space taken at once.
+
+    On a full disk a write to mapped memory is no OSError but the end of the process (SIGBUS).
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return array
+
+
+def open_array(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
+    """An .npy file as a memory map; writing to it changes no file.
+
+    Raises: UserError where it does not hold such an array, OSError where it cannot be opened.
+    """
+    try:
+        array = np.load(path, mmap_mode="c")
+        found = f"{array.dtype} {array.shape}"
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads a header in many ways
+        found = f"{type(error).__name__}: {error}"
+    if found != f"{np.dtype(dtype)} {shape}":
+        wrong = f"{found} in place of {np.dtype(dtype)} {shape}"
+        raise UserError(f"{path} is damaged ({wrong}): delete it, and it is made anew")
+    return array
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1015,12 +1140,26 @@ def image_files(folder: str | Path) -> list[Path]:
         raise UserError(f"{folder} does not exist")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: a folder of images or an .npz of moments is expected")
-    walk = os.walk(folder, followlinks=True)
-    paths = [Path(root, name) for root, _, names in walk for name in names]
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    paths = []
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        paths += [Path(root, name) for name in names]
+        folders[:] = [name for name in folders if not _leads_back(Path(root, name), folder)]
     images = sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise UserError(f"no images ({' '.join(IMAGE_SUFFIXES)}) under {folder}")
     return images
+
+
+def _leads_back(path: Path, top: Path) -> bool:
+    """Whether a link leads to a folder that it lies in: without end, its images again and again."""
+    if not path.is_symlink():
+        return False
+    target, above = path.resolve(), [p for p in path.parents if p == top or top in p.parents]
+    return any(target in (p, *p.parents) for p in map(Path.resolve, above))
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -1086,9 +1225,17 @@ def cache_images(
 
     Items of `source` are (PIL image, ...). Each image loses all but its central square, of side
     `crop` (0: its shorter side), and is resized, antialiased. The file appears complete or not at
-    all. Raises: UserError for too little free disk, and one that lists all unreadable images.
+    all; where another run is at it, its file is waited for and taken.
+    Raises: UserError for too little free disk, and one that lists all unreadable images.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.with_name(f".{path.name}.lock"), path.name, wait=True):
+        if not path.exists():
+            _decode(source, path, shape, crop, num_workers)
+
+
+def _decode(
+    source: Dataset, path: Path, shape: tuple[int, int, int, int], crop: int, num_workers: int
+) -> None:
     free, size = shutil.disk_usage(path.parent).free, math.prod(shape)
     if size > free:
         has = f"{path.parent} has {free / 1e9:.2f} GB left"
@@ -1098,7 +1245,7 @@ def cache_images(
     workers = min(num_workers, os.cpu_count() or 1)
     loader = DataLoader(range(shape[0]), 64, num_workers=workers, collate_fn=work)
     with atomic(path) as temporary, Progress(shape[0], "decoding") as progress:
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        array = create_array(temporary, shape)
         for first, (images, errors) in zip(range(0, shape[0], 64), loader):
             array[first : first + len(images)] = images
             broken += errors

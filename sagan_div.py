@@ -577,7 +577,8 @@ def load_images(args: Args, channels: int = 3) -> tuple[np.ndarray, Tensor, Path
         return str(path), [int(y) for y in getattr(source, "targets", [0] * shape[0])]
 
     path, labels = fid.on_main(prepare_cache)
-    return np.load(path, mmap_mode="c"), torch.tensor(labels), Path(path)
+    shape = (len(labels), channels, args.img_size, args.img_size)
+    return fid.open_array(Path(path), shape), torch.tensor(labels), Path(path)
 
 
 def endless_batches(
@@ -637,7 +638,7 @@ def setup(args: Args) -> torch.device:
         # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
         # while the first process decodes the data set.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        fid.collective(dist.init_process_group, backend, timeout=timedelta(hours=12))
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -654,7 +655,7 @@ def run_folder(args: Args) -> Path:
 def load_checkpoint(path: Path) -> dict:
     """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = fid.read_checkpoint(path)
         origin = state["script"], state["format"]
     except Exception as error:  # the unpickler of a damaged file can raise anything
         reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
@@ -692,9 +693,14 @@ class Run:
     def open(self) -> None:
         """Make the run folder, or with --resume take up its checkpoint, and start the log."""
         checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        if fid.on_main(lambda: self.folder.exists() and not self.args.resume):
-            how = "add --resume to go on with it, or choose another --exp-name"
-            raise fid.UserError(f"{self.folder} holds a run: {how}")
+
+        def take() -> None:
+            if self.folder.exists() and not self.args.resume:
+                how = "add --resume to go on with it, or choose another --exp-name"
+                raise fid.UserError(f"{self.folder} holds a run: {how}")
+            self.lock = fid.lock(self.folder / ".lock", "*.pt")
+
+        fid.on_main(take)
         if fid.on_main(checkpoint.exists):
             self.restore(load_checkpoint(checkpoint))
         if self.rank > 0:
@@ -711,10 +717,10 @@ class Run:
         }
         with fid.atomic(self.folder / "args.json") as temporary:
             temporary.write_text(json.dumps(about, indent=2))
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= self.step]
+        kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
         with fid.atomic(log) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
 
@@ -746,7 +752,7 @@ class Run:
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
             flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
+            fid.collective(dist.all_reduce, flat)
             shares = flat.div_(self.world).split([grad.numel() for grad in grads])
             for grad, share in zip(grads, shares):
                 grad.copy_(share.view_as(grad))
@@ -766,7 +772,7 @@ class Run:
         self.seed()
         if self.world > 1:  # a signal to any process stops all of them at the same step
             shared = torch.tensor(self.signal)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            fid.collective(dist.all_reduce, shared, dist.ReduceOp.MAX)
             self.signal = int(shared)
         return self.signal > 0
 
@@ -778,7 +784,7 @@ class Run:
         """Means of the collected terms; FloatingPointError names the first that is not finite."""
         rows = torch.stack(self.rows)
         if self.world > 1:
-            dist.all_reduce(rows)
+            fid.collective(dist.all_reduce, rows)
             self.rows = list(rows.div_(self.world))  # the same everywhere, and in the checkpoint
         rows = rows.cpu().double()
         for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
@@ -839,8 +845,7 @@ class Run:
         ]
         if differing:
             raise fid.UserError(f"{self.folder} cannot be resumed: {'; '.join(differing)}")
-        for key, part in self.parts.items():
-            part.load_state_dict(state["parts"][key])
+        fid.load_parts(self.parts, state["parts"], self.folder / "checkpoint.pt")
         self.step, self.best_fid, self.keys = state["step"], state["best_fid"], state["keys"]
         self.rows = [row.to(self.device) for row in state["rows"]]
 
@@ -884,7 +889,7 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
     if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
         for buffer in G.buffers():  # which the checkpoint holds
-            dist.broadcast(buffer, 0)
+            fid.collective(dist.broadcast, buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
     z, size = eval_noise(args, args.fid_num), args.fid_batch_size
@@ -907,8 +912,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
-    for key, net in nets.items():
-        net.load_state_dict(state["parts"][key])
+    fid.load_parts(nets, state["parts"], path)
+    for net in nets.values():
         net.to(device).eval()
     fid.say(f"{path}: step {state['step']}")
     return args, device, nets["G"], nets["D"], path.parent
@@ -916,7 +921,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
 
 def plot(path: Path, log: Path, keys: list[str]) -> None:
     """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = fid.read_records(log)
     curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
     curves = {key: points for key, points in curves.items() if points}
     image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")

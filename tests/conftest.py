@@ -106,6 +106,18 @@ VARIANTS = {
 }
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "storm: long, only run by `pytest -m storm`")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the long tests out unless -m asks for them."""
+    if "storm" not in config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("storm")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     """Every test in its own folder, with its own signal handlers, one thread."""
