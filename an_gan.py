@@ -43,7 +43,6 @@ import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -64,7 +63,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import ImageColor
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -140,6 +139,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    cuda_graphs: bool = False
+    """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
     log_every: int = 100
     """steps between lines of the log"""
@@ -239,6 +240,8 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
+    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -626,28 +629,6 @@ def orthogonality(net: nn.Module) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # 6. Data
 # --------------------------------------------------------------------------------------------------
-class Shapes(Dataset):
-    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
-
-    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
-    """
-
-    targets = [i % 8 for i in range(5_000)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
-        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
-        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
-        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
-        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
-        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
-        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
-        return image, self.targets[index]
-
-
 def subfolders(root: str | Path) -> list[str]:
     """Sorted names of the class folders in root, none where it is missing; cache/ is ours."""
     names = next(os.walk(root), (root, [], []))[1]
@@ -689,7 +670,7 @@ SOURCES = {  # how to open each data set, and how to get it
         "put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html there",
     ),
     "folder": (open_classes, "name a folder of images by --data-dir"),
-    "shapes": (lambda args: Shapes(), ""),
+    "shapes": (lambda args: fid.Shapes(), ""),
 }
 
 
@@ -737,7 +718,7 @@ def endless_batches(
     """This process's shares of the batches from `index` on: images in [-1, 1], labels.
 
     Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
-    quarter of its free memory; else a thread reads ahead from the disk, for CUDA into pinned memory.
+    quarter of its free memory; else a thread reads ahead from disk, for CUDA into pinned memory.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
     resident = cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
@@ -1063,13 +1044,6 @@ def columns(args: Args) -> int:
     return args.num_classes if few and args.num_classes > 1 else math.isqrt(args.num_samples)
 
 
-def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with fid.atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
 def score_classes(
     args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path
 ) -> dict:
@@ -1170,25 +1144,6 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     return args, device, nets["G"], nets["D"], path.parent
 
 
-def plot(path: Path, log: Path, keys: list[str]) -> None:
-    """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
-    records = fid.read_records(log)
-    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
-    curves = {key: points for key, points in curves.items() if points}
-    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
-    draw = ImageDraw.Draw(image)
-    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
-        steps, values = np.array(points).T
-        x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
-        y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
-        draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
-        draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
-        text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
-        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
-
-
 def evaluate(args: Args) -> dict[str, float]:
     """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
     args, device, G, _, folder = open_checkpoint(args)
@@ -1210,8 +1165,8 @@ def sample(args: Args) -> None:
     images, target = class_grid(args, settled(args, G)), folder / "generated"
     for i, (image, y) in enumerate(zip(images, eval_classes(args, len(images)).tolist())):
         (target / f"{y:04d}").mkdir(parents=True, exist_ok=True)
-        write_grid(target / f"{y:04d}" / f"{i:05d}.png", image[None], 1)
-    write_grid(folder / "generated.png", images, columns(args))
+        fid.write_grid(target / f"{y:04d}" / f"{i:05d}.png", image[None], 1)
+    fid.write_grid(folder / "generated.png", images, columns(args))
     fid.say(f"{len(images)} images in {target}, a grid in {folder / 'generated.png'}")
 
 
@@ -1281,9 +1236,9 @@ def figures(args: Args) -> None:
     z = eval_noise(args, 8).repeat(len(classes), 1)
     y = torch.tensor(classes).repeat_interleave(8)
     images = generate_classes(G, z, y).cpu()
-    write_grid(target / "classes.png", images, 8)
+    fid.write_grid(target / "classes.png", images, 8)
     if len(path) > 1:
-        write_grid(target / "interpolation.png", interpolation(args, G, path), 8)
+        fid.write_grid(target / "interpolation.png", interpolation(args, G, path), 8)
     if args.model == "an":
         an, x = an_module(G, z.to(device), y.to(device))
         with torch.no_grad():
@@ -1291,13 +1246,13 @@ def figures(args: Args) -> None:
         hard, cells = hard_layout(s, size), []
         for i in range(0, len(images), 4):  # two images of each class
             cells += [images[i, None], hard[i, None], grey(s[i].cpu(), size)]
-        write_grid(target / "layouts.png", torch.cat(cells), 2 + args.entities)
+        fid.write_grid(target / "layouts.png", torch.cat(cells), 2 + args.entities)
         rows = [{"class": k, **row} for k, row in zip(y.tolist(), region_statistics(x, s))]
         with fid.atomic(target / "regions.json") as temporary:
             temporary.write_text(json.dumps(rows, indent=1))
     keys = ["loss/d", "loss/g", "logit/real", "logit/fake", "metric/fid"]
     keys += ["train/rho_g", "train/layout_entropy_g"] if args.model == "an" else []
-    plot(target / "curves.png", folder / "log.jsonl", keys)
+    fid.plot(target / "curves.png", folder / "log.jsonl", keys)
     fid.say(f"classes, interpolation, curves and, with AN, layouts and regions are in {target}")
 
 
@@ -1311,55 +1266,62 @@ def train(args: Args) -> dict[str, float]:
     images, labels, path = load_labelled(args)
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
-    betas = args.beta1, args.beta2
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True)
+    adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     any_class = functools.partial(torch.randint, args.num_classes)
     d_real, d_fake, g_fake = HINGE
     n, stop, metrics = args.batch_size, False, {}
 
+    def d_update(real: Tensor, y: Tensor, z: Tensor, fake_y: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            with torch.no_grad():
+                fake = G(z, fake_y).float()
+            # One by one: with --region-stats bn a joint batch would mix their statistics.
+            real_logits, real_classes = D(real, y)
+            fake_logits, _ = D(fake, fake_y)
+        d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+        d_loss_class, d_reg = class_loss(real_classes, y), orthogonality(D)
+        d_loss = d_loss_real + d_loss_fake + d_loss_class + args.lambda_ortho * d_reg
+        d_norm = run.update(d_loss, "D")
+        return {
+            "loss/d": d_loss, "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake,
+            "loss/d_class": d_loss_class, "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm,
+        }  # fmt: skip
+
+    def g_update(z: Tensor, fake_y: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            logits, classes = D(G(z, fake_y), fake_y)
+        g_loss_adv, g_loss_class = g_fake(logits).mean(), class_loss(classes, fake_y)
+        g_reg = orthogonality(G)
+        g_loss = g_loss_adv + g_loss_class + args.lambda_ortho * g_reg
+        g_norm = run.update(g_loss, "G")
+        return {
+            "loss/g": g_loss, "loss/g_adv": g_loss_adv, "loss/g_class": g_loss_class,
+            "loss/g_reg": g_reg, "grad/g_norm": g_norm,
+        }  # fmt: skip
+
+    if args.cuda_graphs:
+        d_update, g_update = fid.graphed(d_update), fid.graphed(g_update)
     while run.step < args.total_steps and not stop:
         for _ in range(args.n_critic):
             real, y = next(batches)
             if args.hflip:
                 real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
             fake_y = run.draw(any_class, n)
-            with run.autocast():
-                with torch.no_grad():
-                    fake = G(run.draw(torch.randn, n, args.z_dim), fake_y).float()
-                # One by one: with --region-stats bn a joint batch would mix their statistics.
-                real_logits, real_classes = D(real, y)
-                fake_logits, _ = D(fake, fake_y)
-            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
-            d_loss_class, d_reg = class_loss(real_classes, y), orthogonality(D)
-            d_loss = d_loss_real + d_loss_fake + d_loss_class + args.lambda_ortho * d_reg
-            d_norm = run.update(d_loss, "D")
-
+            terms = d_update(real, y, run.draw(torch.randn, n, args.z_dim), fake_y)
         fake_y = run.draw(any_class, n)
-        with run.autocast():
-            logits, classes = D(G(run.draw(torch.randn, n, args.z_dim), fake_y), fake_y)
-        g_loss_adv, g_loss_class = g_fake(logits).mean(), class_loss(classes, fake_y)
-        g_reg = orthogonality(G)
-        g_loss = g_loss_adv + g_loss_class + args.lambda_ortho * g_reg
-        g_norm = run.update(g_loss, "G")
-
-        terms = {
-            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
-            "loss/d_fake": d_loss_fake, "loss/d_class": d_loss_class, "loss/d_reg": d_reg,
-            "loss/g_adv": g_loss_adv, "loss/g_class": g_loss_class, "loss/g_reg": g_reg,
-            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-        }  # fmt: skip
-        stop = run.collect(terms)
+        stop = run.collect(terms | g_update(run.draw(torch.randn, n, args.z_dim), fake_y))
         if run.due(args.log_every):
             z, some = eval_noise(args, 16).to(device), eval_classes(args, 16).to(device)
             nets = {"g": (G, z, some), "d": (D, real[:16], y[:16])}
             run.log_interval(diagnostics(args, nets))
         if run.due(args.sample_every) and run.rank == 0:
             grid = class_grid(args, settled(args, G))
-            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, columns(args))
+            fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, columns(args))
         if run.due(args.eval_every):
             metrics = score_classes(args, inception, settled(args, G), images, path)
             run.log(metrics)

@@ -42,7 +42,6 @@ import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -61,7 +60,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
@@ -258,6 +256,8 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
+    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -720,28 +720,6 @@ def critics_penalty(
 # --------------------------------------------------------------------------------------------------
 # 6. Data
 # --------------------------------------------------------------------------------------------------
-class Shapes(Dataset):
-    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
-
-    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
-    """
-
-    targets = [i % 8 for i in range(5_000)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
-        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
-        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
-        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
-        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
-        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
-        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
-        return image, self.targets[index]
-
-
 def open_source(args: Args, held_out: bool) -> tuple[Dataset, list[int]]:
     """A data set, and the indices of its images to train on or of those held out."""
     root, names = Path(args.data_dir), ("val", "test") if held_out else ("train",)
@@ -755,7 +733,7 @@ def open_source(args: Args, held_out: bool) -> tuple[Dataset, list[int]]:
             raise fid.UserError(f"--dataset {args.dataset} not found in {root.absolute()}: {how}")
         source = fid.Folder(found[0])
     else:
-        source = Shapes() if args.dataset == "shapes" else fid.Folder(root)
+        source = fid.Shapes() if args.dataset == "shapes" else fid.Folder(root)
         count = 1_000 if args.dataset == "shapes" else len(source)
         return source, [i for i in range(count) if held_out == (i % 20 == 0)]
     return source, list(range(len(source)))
@@ -1314,13 +1292,6 @@ def held_out_holes(args: Args, photos: Photos, indices: Sequence[int]) -> Tensor
     return torch.from_numpy(np.stack(holes))
 
 
-def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with fid.atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
 def score_completions(
     args: Args, G: nn.Module, photos: Photos, inception: nn.Module | None
 ) -> dict[str, float | None]:
@@ -1379,25 +1350,6 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     return args, device, nets["G"], nets["D"], path.parent
 
 
-def plot(path: Path, log: Path, keys: list[str]) -> None:
-    """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
-    records = fid.read_records(log)
-    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
-    curves = {key: points for key, points in curves.items() if points}
-    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
-    draw = ImageDraw.Draw(image)
-    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
-        steps, values = np.array(points).T
-        x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
-        y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
-        draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
-        draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
-        text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
-        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
-
-
 def evaluate(args: Args) -> dict[str, float]:
     """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
     args, device, G, _, folder = open_checkpoint(args)
@@ -1438,8 +1390,8 @@ def sample(args: Args) -> None:
     strips, (images,) = held_out_strips(args, [G], photos, args.num_samples)
     (folder / "generated").mkdir(exist_ok=True)
     for i, image in enumerate(images):
-        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    write_grid(folder / "generated.png", strips, math.isqrt(len(strips)))
+        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    fid.write_grid(folder / "generated.png", strips, math.isqrt(len(strips)))
     fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
 
 
@@ -1471,7 +1423,7 @@ def figures(args: Args) -> None:
     photos, n, target = load_photos(args, held_out=True), args.num_samples, folder / "figures"
     target.mkdir(exist_ok=True)
     others = [open_checkpoint(replace(args, checkpoint=path))[2] for path in args.compare]
-    write_grid(target / "strips.png", held_out_strips(args, [*others, G], photos, n)[0], 1)
+    fid.write_grid(target / "strips.png", held_out_strips(args, [*others, G], photos, n)[0], 1)
     if args.refine == "an":
         picks = spread(len(photos), min(n, 8))
         real, mask = photos.centres(picks, args.img_size), held_out_holes(args, photos, picks)
@@ -1481,9 +1433,9 @@ def figures(args: Args) -> None:
         image = torch.where(mask > 0, 128, real)
         cells = 0.2 * image[:, None] + 0.8 * 255 * maps[:, :, None]  # (N, n, 3, S, S)
         cells = torch.cat((image[:, None].float(), cells), dim=1).flatten(0, 1)
-        write_grid(target / "layouts.png", cells.round().byte(), 1 + layout.shape[1])
+        fid.write_grid(target / "layouts.png", cells.round().byte(), 1 + layout.shape[1])
     keys = ["loss/g_rec", "loss/d", "grad/g_norm", "metric/psnr", "metric/ssim"]
-    plot(target / "curves.png", folder / "log.jsonl", keys)
+    fid.plot(target / "curves.png", folder / "log.jsonl", keys)
     columns = ", ".join(("input", *args.compare, "this checkpoint", "original"))
     fid.say(f"strips ({columns}), layouts of AN and curves are in {target}")
 
@@ -1537,7 +1489,7 @@ def inpaint(args: Args) -> None:
             fid.warn(f"{mask}: {'nothing' if share == 0 else 'everything'} is missing from {image}")
         filled = complete(G, pixels[None], hole[None])[0] if share > 0 else pixels[None]
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_grid(output, filled, 1)
+        fid.write_grid(output, filled, 1)
         fid.say(f"{output}: {share:.1%} of {pixels.shape[2]}x{pixels.shape[1]} pixels filled")
 
 
@@ -1619,7 +1571,7 @@ def train(args: Args) -> dict[str, float]:
         if run.due(args.sample_every) and run.rank == 0:
             grid, _ = held_out_strips(args, [G], held_out, args.num_samples)
             path = run.folder / f"samples/{run.step:07d}.png"
-            write_grid(path, grid, math.isqrt(len(grid)))
+            fid.write_grid(path, grid, math.isqrt(len(grid)))
         phase_ends = run.step == args.phase1_steps < args.total_steps
         if run.due(args.eval_every) or (args.eval_every and phase_ends):
             metrics = score_completions(args, G, held_out, inception)

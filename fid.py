@@ -26,9 +26,11 @@ import functools
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -50,8 +52,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 import tyro
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
@@ -404,6 +407,39 @@ def open_array(path: Path, shape: tuple[int, ...], dtype: type = np.uint8) -> np
         wrong = f"{found} in place of {np.dtype(dtype)} {shape}"
         raise UserError(f"{path} is damaged ({wrong}): delete it, and it is made anew")
     return array
+
+
+def graphed(update: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """An update, tensors -> terms; its fourth call records it as a CUDA graph and replays that.
+
+    From then on a call is one launch: the inputs are copied to fixed places, the recorded kernels
+    work there. The terms have fixed places too: the next call overwrites them.
+    """
+    graph, side, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
+    fixed, terms = [], {}
+
+    def run(*inputs: Tensor) -> None:
+        # Detached: an autograd graph that outlives its call ties the next one to its stream.
+        terms.update({key: term.detach() for key, term in update(*inputs).items()})
+
+    def call(*inputs: Tensor) -> dict[str, Tensor]:
+        number, main = next(calls), torch.cuda.current_stream()
+        if number <= 3:  # cuDNN chooses its kernels and the optimiser makes its state
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                run(*inputs)
+            main.wait_stream(side)
+            return terms
+        if number == 4:
+            fixed.extend(value.clone() for value in inputs)
+            with torch.cuda.graph(graph):
+                run(*fixed)
+        for place, value in zip(fixed, inputs):
+            place.copy_(value)
+        graph.replay()
+        return terms
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1218,6 +1254,28 @@ class Folder(Dataset):
         return open_image(self.files[index]), self.targets[index]
 
 
+class Shapes(Dataset):
+    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
+
+    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
+    """
+
+    targets = [i % 8 for i in range(5_000)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
+        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
+        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
+        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
+        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
+        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
+        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
+        return image, self.targets[index]
+
+
 def cache_images(
     source: Dataset, path: Path, shape: tuple[int, int, int, int], crop: int, num_workers: int
 ) -> None:
@@ -1324,6 +1382,32 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
             raise UserError(f"--intra: {path} is in no class folder")
         classes.setdefault(name, []).append(path)
     return classes
+
+
+def write_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write uint8 images (N, C, H, W) as one PNG."""
+    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
+    with atomic(path) as temporary:
+        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+
+
+def plot(path: Path, log: Path, keys: list[str]) -> None:
+    """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
+    records = read_records(log)
+    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
+    curves = {key: points for key, points in curves.items() if points}
+    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
+    draw = ImageDraw.Draw(image)
+    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
+        steps, values = np.array(points).T
+        x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
+        y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
+        draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
+        draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
+        text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
+        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
+    with atomic(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 # --------------------------------------------------------------------------------------------------

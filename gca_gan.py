@@ -38,7 +38,6 @@ import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -60,7 +59,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -135,6 +134,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    cuda_graphs: bool = False
+    """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
     log_every: int = 100
     """steps between lines of the log"""
@@ -229,6 +230,8 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
+    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -534,28 +537,6 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> T
 # --------------------------------------------------------------------------------------------------
 # 6. Data
 # --------------------------------------------------------------------------------------------------
-class Shapes(Dataset):
-    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
-
-    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
-    """
-
-    targets = [i % 8 for i in range(5_000)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
-        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
-        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
-        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
-        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
-        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
-        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
-        return image, self.targets[index]
-
-
 def open_celeba(args: Args) -> Dataset:
     """CelebA's aligned images, 178x218; with --squash resized, not cropped, to squares."""
     source = torchvision.datasets.CelebA(args.data_dir, "all", [], download=args.download)
@@ -612,7 +593,7 @@ SOURCES = {  # how to open each data set, and how to get it
         "images by --dataset folder",
     ),
     "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
-    "shapes": (lambda args: Shapes(), ""),
+    "shapes": (lambda args: fid.Shapes(), ""),
 }
 
 
@@ -651,7 +632,7 @@ def endless_batches(
     """This process's shares of the batches from `index` on: images in [-1, 1], labels.
 
     Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
-    quarter of its free memory; else a thread reads ahead from the disk, for CUDA into pinned memory.
+    quarter of its free memory; else a thread reads ahead from disk, for CUDA into pinned memory.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
     resident = cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
@@ -940,13 +921,6 @@ def generate(G: nn.Module, z: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
-def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with fid.atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
 def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
     """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
     if 0 < args.fid_real < len(images):
@@ -1009,8 +983,8 @@ def sample(args: Args) -> None:
     for old in (folder / "generated").glob("*.png"):
         old.unlink()
     for i, image in enumerate(images):
-        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    write_grid(folder / "generated.png", images, math.isqrt(len(images)))
+        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
     fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
 
 
@@ -1116,9 +1090,9 @@ def figures(args: Args) -> None:
         columns += [images, *(overlay(images, heat) for heat in maps.values())]
         above = ", ".join(f"{key} {(h > 0.5).float().mean():.1%}" for key, h in maps.items())
         fid.say(f"{place}: map of {args.heatmap_net.upper()} above 0.5: {above}")
-    write_grid(target / "samples.png", torch.cat(samples), n)
+    fid.write_grid(target / "samples.png", torch.cat(samples), n)
     cells = torch.stack(columns, dim=1).flatten(0, 1)
-    write_grid(target / "heatmaps.png", cells, len(columns))
+    fid.write_grid(target / "heatmaps.png", cells, len(columns))
     text = table([place for *_, place in opened])
     with fid.atomic(target / "table1.md") as temporary:
         temporary.write_text(text + "\n")
@@ -1136,46 +1110,52 @@ def train(args: Args) -> dict[str, float]:
     images, labels, path = load_images(args)
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
-    betas = args.beta1, args.beta2
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True)
+    adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
     n, stop, metrics = args.batch_size, False, {}
 
+    def d_update(real: Tensor, z: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            with torch.no_grad():
+                fake = G(z).float()
+            real_logits, fake_logits = D(real).float(), D(fake).float()
+        d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+        d_reg = torch.zeros_like(d_loss_real)
+        if args.loss == "wgan-gp":
+            d_reg = gradient_penalty(D, real, fake, eps)
+        d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
+        d_norm = run.update(d_loss, "D")
+        return {
+            "loss/d": d_loss, "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake,
+            "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm,
+        }  # fmt: skip
+
+    def g_update(z: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            logits = D(G(z)).float()
+        g_loss = g_fake(logits).mean()
+        return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G"), **block_terms(G, D)}
+
+    if args.cuda_graphs:
+        d_update, g_update = fid.graphed(d_update), fid.graphed(g_update)
     while run.step < args.total_steps and not stop:
         for _ in range(args.n_critic):
             real, _ = next(batches)
             if args.hflip:
                 real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
-            with run.autocast():
-                with torch.no_grad():
-                    fake = G(run.draw(torch.randn, n, args.z_dim)).float()
-                real_logits, fake_logits = D(real).float(), D(fake).float()
-            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
-            d_reg = torch.zeros((), device=device)
-            if args.loss == "wgan-gp":
-                d_reg = gradient_penalty(D, real, fake, run.draw(torch.rand, n, 1, 1, 1))
-            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
-            d_norm = run.update(d_loss, "D")
-
-        with run.autocast():
-            logits = D(G(run.draw(torch.randn, n, args.z_dim))).float()
-        g_loss = g_fake(logits).mean()
-        g_norm = run.update(g_loss, "G")
-
-        terms = {
-            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
-            "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-        }  # fmt: skip
-        stop = run.collect(terms | block_terms(G, D))
+            z = run.draw(torch.randn, n, args.z_dim)
+            terms = d_update(real, z, run.draw(torch.rand, n, 1, 1, 1))
+        stop = run.collect(terms | g_update(run.draw(torch.randn, n, args.z_dim)))
         if run.due(args.log_every):
             run.log_interval({})
         if run.due(args.sample_every) and run.rank == 0:
             grid = generate(G, eval_noise(args, args.num_samples))
-            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
+            fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path)
             run.log(metrics)

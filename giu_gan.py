@@ -36,7 +36,6 @@ import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -57,11 +56,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 import fid
@@ -131,6 +128,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    cuda_graphs: bool = False
+    """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
     log_every: int = 100
     """steps between lines of the log"""
@@ -231,6 +230,8 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
+    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -247,6 +248,8 @@ def check_args(args: Args) -> None:
     must = "be 0 but for --model wgan-gp --img-size 64 (Table 6)"
     require(table6 or args.extra_layers == 0, "extra_layers", must, args.extra_layers)
     lsgan = args.model == "lsgan"
+    adagrad = args.optimizer == "adagrad"  # it steps on the CPU
+    require(not (adagrad and args.cuda_graphs), "optimizer", "not go with --cuda-graphs", "adagrad")
     require(args.d_ch >= 4 or not lsgan, "d_ch", "be at least 4 with --model lsgan", args.d_ch)
     require(not (lsgan and args.sn_output), "sn_output", "stay off with --model lsgan", "it on")
     giu_flags = ("giu", "group_channels", "kernel_reduction", "se_reduction", "kernel_size",
@@ -563,28 +566,6 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> T
 # --------------------------------------------------------------------------------------------------
 # 6. Data
 # --------------------------------------------------------------------------------------------------
-class Shapes(Dataset):
-    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
-
-    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
-    """
-
-    targets = [i % 8 for i in range(5_000)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
-        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
-        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
-        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
-        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
-        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
-        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
-        return image, self.targets[index]
-
-
 SOURCES = {  # how to open each data set, and how to get it
     "cifar10": (
         lambda args: torchvision.datasets.CIFAR10(args.data_dir, download=args.download),
@@ -596,7 +577,7 @@ SOURCES = {  # how to open each data set, and how to get it
         "celeba/ there, identity_CelebA.txt and the four list_*.txt files beside it",
     ),
     "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
-    "shapes": (lambda args: Shapes(), ""),
+    "shapes": (lambda args: fid.Shapes(), ""),
 }
 
 
@@ -635,7 +616,7 @@ def endless_batches(
     """This process's shares of the batches from `index` on: images in [-1, 1], labels.
 
     Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
-    quarter of its free memory; else a thread reads ahead from the disk, for CUDA into pinned memory.
+    quarter of its free memory; else a thread reads ahead from disk, for CUDA into pinned memory.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
     resident = cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
@@ -924,13 +905,6 @@ def generate(G: nn.Module, z: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
-def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with fid.atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
 def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
     """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
     if 0 < args.fid_real < len(images):
@@ -967,25 +941,6 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     return args, device, nets["G"], nets["D"], path.parent
 
 
-def plot(path: Path, log: Path, keys: list[str]) -> None:
-    """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
-    records = fid.read_records(log)
-    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
-    curves = {key: points for key, points in curves.items() if points}
-    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
-    draw = ImageDraw.Draw(image)
-    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
-        steps, values = np.array(points).T
-        x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
-        y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
-        draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
-        draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
-        text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
-        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
-
-
 def evaluate(args: Args) -> dict[str, float]:
     """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
     args, device, G, _, folder = open_checkpoint(args)
@@ -1009,8 +964,8 @@ def sample(args: Args) -> None:
     for old in (folder / "generated").glob("*.png"):
         old.unlink()
     for i, image in enumerate(images):
-        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    write_grid(folder / "generated.png", images, math.isqrt(len(images)))
+        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
     fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
 
 
@@ -1043,16 +998,16 @@ def figures(args: Args) -> None:
     args, device, G, D, folder = open_checkpoint(args)
     images, n, target = torch.from_numpy(load_images(args)[0]), args.num_samples, folder / "figures"
     target.mkdir(exist_ok=True)
-    write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
-    write_grid(target / "real.png", images[:n], math.isqrt(n))
+    fid.write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
+    fid.write_grid(target / "real.png", images[:n], math.isqrt(n))
     maps, cells = hidden_maps(D, images[:8].to(device).float() / 127.5 - 1), []
     for i, image in enumerate(images[:8]):
         greys = [principal_map(features[i]).mul(255).byte().cpu() for features in maps]
         row = [image, *(grey.expand(3, -1, -1) for grey in greys)]
         cells += [F.interpolate(cell[None], size=128, mode="nearest") for cell in row]
-    write_grid(target / "pca.png", torch.cat(cells), 1 + len(maps))
+    fid.write_grid(target / "pca.png", torch.cat(cells), 1 + len(maps))
     keys = ["loss/d", "loss/g", "grad/d_norm", "grad/g_norm", "metric/fid"]
-    plot(target / "curves.png", folder / "log.jsonl", keys)
+    fid.plot(target / "curves.png", folder / "log.jsonl", keys)
     fid.say(f"samples, real, pca (image, D's maps from large to small) and curves are in {target}")
 
 
@@ -1064,8 +1019,9 @@ def make_optimizer(args: Args, net: nn.Module, lr: float) -> torch.optim.Optimiz
     if args.optimizer == "adagrad":
         return torch.optim.Adagrad(net.parameters(), lr)
     if args.optimizer == "rmsprop":
-        return torch.optim.RMSprop(net.parameters(), lr)
-    return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True)
+        return torch.optim.RMSprop(net.parameters(), lr, capturable=args.cuda_graphs)
+    adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
+    return torch.optim.Adam(net.parameters(), lr, **adam)
 
 
 def train(args: Args) -> dict[str, float]:
@@ -1081,33 +1037,38 @@ def train(args: Args) -> dict[str, float]:
     d_real, d_fake, g_fake = ADVERSARIAL[LOSS[args.model]]
     n, stop, metrics = args.batch_size, False, {}
 
+    def d_update(real: Tensor, z: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            with torch.no_grad():
+                fake = G(z).float()
+            real_logits, fake_logits = D(real).float(), D(fake).float()
+        d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+        penalised = args.model in ("giu", "wgan-gp")
+        d_reg = gradient_penalty(D, real, fake, eps) if penalised else torch.zeros_like(d_loss_real)
+        d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
+        d_norm = run.update(d_loss, "D")
+        return {
+            "loss/d": d_loss, "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake,
+            "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm,
+        }  # fmt: skip
+
+    def g_update(z: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            logits = D(G(z)).float()
+        g_loss = g_fake(logits).mean()
+        return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G")}
+
+    if args.cuda_graphs:
+        d_update, g_update = fid.graphed(d_update), fid.graphed(g_update)
     while run.step < args.total_steps and not stop:
         for _ in range(args.n_critic):
             real, _ = next(batches)
             if args.hflip:
                 real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
-            with run.autocast():
-                with torch.no_grad():
-                    fake = G(run.draw(torch.randn, n, args.z_dim)).float()
-                real_logits, fake_logits = D(real).float(), D(fake).float()
-            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
-            d_reg = torch.zeros((), device=device)
-            if args.model in ("giu", "wgan-gp"):
-                d_reg = gradient_penalty(D, real, fake, run.draw(torch.rand, n, 1, 1, 1))
-            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
-            d_norm = run.update(d_loss, "D")
-
-        with run.autocast():
-            logits = D(G(run.draw(torch.randn, n, args.z_dim))).float()
-        g_loss = g_fake(logits).mean()
-        g_norm = run.update(g_loss, "G")
-
-        terms = {
-            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
-            "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-        }  # fmt: skip
-        stop = run.collect(terms)
+            z = run.draw(torch.randn, n, args.z_dim)
+            terms = d_update(real, z, run.draw(torch.rand, n, 1, 1, 1))
+        stop = run.collect(terms | g_update(run.draw(torch.randn, n, args.z_dim)))
         if run.due(args.log_every):
             gains = {
                 f"train/gamma_{key}_{name.split('.')[1]}": value.item()
@@ -1118,7 +1079,7 @@ def train(args: Args) -> dict[str, float]:
             run.log_interval(gains)
         if run.due(args.sample_every) and run.rank == 0:
             grid = generate(G, eval_noise(args, args.num_samples))
-            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
+            fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path)
             run.log(metrics)

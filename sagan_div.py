@@ -38,7 +38,6 @@ import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -59,7 +58,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -135,6 +133,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    cuda_graphs: bool = False
+    """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
     log_every: int = 100
     """steps between lines of the log"""
@@ -243,6 +243,8 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
+    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -497,28 +499,6 @@ def divergence_penalty(slopes: dict[str, Tensor], k: float, p: float) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 # 6. Data
 # --------------------------------------------------------------------------------------------------
-class Shapes(Dataset):
-    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
-
-    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
-    """
-
-    targets = [i % 8 for i in range(5_000)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
-        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
-        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
-        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
-        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
-        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
-        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
-        return image, self.targets[index]
-
-
 def open_idx(kind: type[Dataset], args: Args) -> Dataset:
     """torchvision's MNIST or FashionMNIST; fid.UserError names a file that is not whole."""
     counts = {}
@@ -548,7 +528,7 @@ SOURCES = {  # how to open each data set, and how to get it
         "into FashionMNIST/raw/ there, unpacked",
     ),
     "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
-    "shapes": (lambda args: Shapes(), ""),
+    "shapes": (lambda args: fid.Shapes(), ""),
 }
 
 
@@ -587,7 +567,7 @@ def endless_batches(
     """This process's shares of the batches from `index` on: images in [-1, 1], labels.
 
     Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
-    quarter of its free memory; else a thread reads ahead from the disk, for CUDA into pinned memory.
+    quarter of its free memory; else a thread reads ahead from disk, for CUDA into pinned memory.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
     resident = cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
@@ -876,13 +856,6 @@ def generate(G: nn.Module, z: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
-def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with fid.atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
 def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
     """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
     if 0 < args.fid_real < len(images):
@@ -917,25 +890,6 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
         net.to(device).eval()
     fid.say(f"{path}: step {state['step']}")
     return args, device, nets["G"], nets["D"], path.parent
-
-
-def plot(path: Path, log: Path, keys: list[str]) -> None:
-    """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
-    records = fid.read_records(log)
-    curves = {key: [(r["step"], r[key]) for r in records if key in r] for key in keys}
-    curves = {key: points for key, points in curves.items() if points}
-    image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
-    draw = ImageDraw.Draw(image)
-    for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
-        steps, values = np.array(points).T
-        x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
-        y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
-        draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
-        draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
-        text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
-        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
 
 
 def replica_fid(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray) -> float:
@@ -985,8 +939,8 @@ def sample(args: Args) -> None:
     for old in (folder / "generated").glob("*.png"):
         old.unlink()
     for i, image in enumerate(images):
-        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    write_grid(folder / "generated.png", images, math.isqrt(len(images)))
+        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
     fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
 
 
@@ -1071,14 +1025,14 @@ def figures(args: Args) -> None:
     n, target = args.num_samples, folder / "figures"
     target.mkdir(exist_ok=True)
     z = eval_noise(args, n)
-    write_grid(target / "samples.png", generate(G, z), math.isqrt(n))
-    write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
-    write_grid(target / "attention.png", *attention_figure(args, G, z[:4].to(device)))
+    fid.write_grid(target / "samples.png", generate(G, z), math.isqrt(n))
+    fid.write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
+    fid.write_grid(target / "attention.png", *attention_figure(args, G, z[:4].to(device)))
     keys = ["loss/d", "loss/g", "logit/gap", "loss/d_reg", "metric/fid"]
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     logged = sorted({key for record in records for key in record})
     keys += [key for key in logged if key.startswith(("grad/", "train/gamma"))]
-    plot(target / "curves.png", folder / "log.jsonl", keys)
+    fid.plot(target / "curves.png", folder / "log.jsonl", keys)
     with fid.atomic(target / "report.md") as temporary:
         temporary.write_text(compare_methods(out_dir))
     fid.say(f"samples, real, attention, curves and report.md (Tables 2 and 3) are in {target}")
@@ -1096,10 +1050,9 @@ def train(args: Args) -> dict[str, float]:
     if args.epochs:
         args.total_steps = -(-args.epochs * (len(images) // args.batch_size) // args.n_critic)
     G, D = Generator(args).to(device), Discriminator(args).to(device)
-    g_opt, d_opt = (
-        torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True)
-        for net, lr in ((G, args.g_lr), (D, args.d_lr))
-    )
+    adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     loss = LOSS[args.recipe].get(args.method, "wasserstein")
@@ -1108,39 +1061,46 @@ def train(args: Args) -> dict[str, float]:
         fid.warn("batch norm in D: the gradients that the penalty is taken of mix samples")
     n, stop, metrics = args.batch_size, False, {}
 
+    def d_update(real: Tensor, z: Tensor, u: Tensor) -> dict[str, Tensor]:
+        with run.autocast(), torch.no_grad():
+            fake = G(z).float()
+        if loss == "wasserstein":
+            mixed = u if args.div_points == "interp" else None
+            real_logits, fake_logits, slopes = critic(D, real, fake, mixed)
+            d_reg = divergence_penalty(slopes, args.div_k, args.div_p)
+        else:
+            with run.autocast():
+                real_logits, fake_logits = D(real).float(), D(fake).float()
+            slopes, d_reg = {}, torch.zeros((), device=device)
+        d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+        d_loss = d_loss_real + d_loss_fake + args.div_scale * d_reg
+        d_norm = run.update(d_loss, "D")
+        terms = {
+            "loss/d": d_loss, "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake,
+            "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm,
+            "logit/gap": real_logits.mean() - fake_logits.mean(),  # the W estimate of a critic
+        }  # fmt: skip
+        for where, slope in slopes.items():
+            terms |= {f"grad/x_{where}_mean": slope.mean(), f"grad/x_{where}_max": slope.max()}
+        return terms
+
+    def g_update(z: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            logits = D(G(z)).float()
+        g_loss = g_fake(logits).mean()
+        return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G")}
+
+    if args.cuda_graphs:
+        d_update, g_update = fid.graphed(d_update), fid.graphed(g_update)
     while run.step < args.total_steps and not stop:
         for _ in range(args.n_critic):
             real, _ = next(batches)
             if args.hflip:
                 real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
-            with run.autocast(), torch.no_grad():
-                fake = G(run.draw(torch.randn, n, args.z_dim)).float()
-            if loss == "wasserstein":
-                u = run.draw(torch.rand, n, 1, 1, 1) if args.div_points == "interp" else None
-                real_logits, fake_logits, slopes = critic(D, real, fake, u)
-                d_reg = divergence_penalty(slopes, args.div_k, args.div_p)
-            else:
-                with run.autocast():
-                    real_logits, fake_logits = D(real).float(), D(fake).float()
-                slopes, d_reg = {}, torch.zeros((), device=device)
-            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
-            d_loss = d_loss_real + d_loss_fake + args.div_scale * d_reg
-            d_norm = run.update(d_loss, "D")
-
-        with run.autocast():
-            logits = D(G(run.draw(torch.randn, n, args.z_dim))).float()
-        g_loss = g_fake(logits).mean()
-        g_norm = run.update(g_loss, "G")
-
-        terms = {
-            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
-            "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-            "logit/gap": real_logits.mean() - fake_logits.mean(),  # the W estimate of a critic
-        }  # fmt: skip
-        for where, slope in slopes.items():
-            terms |= {f"grad/x_{where}_mean": slope.mean(), f"grad/x_{where}_max": slope.max()}
-        stop = run.collect(terms)
+            z = run.draw(torch.randn, n, args.z_dim)
+            terms = d_update(real, z, run.draw(torch.rand, n, 1, 1, 1))
+        stop = run.collect(terms | g_update(run.draw(torch.randn, n, args.z_dim)))
         if run.due(args.log_every):
             gains = {
                 f"train/gamma_{name.split('.')[1]}": value.item()
@@ -1150,7 +1110,7 @@ def train(args: Args) -> dict[str, float]:
             run.log_interval(gains)
         if run.due(args.sample_every) and run.rank == 0:
             grid = generate(G, eval_noise(args, args.num_samples))
-            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
+            fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path)
             run.log(metrics)

@@ -39,7 +39,6 @@ import itertools
 import json
 import math
 import os
-import random
 import resource
 import shutil
 import signal
@@ -63,7 +62,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image, ImageColor, ImageDraw, ImageOps
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -136,6 +135,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    cuda_graphs: bool = False
+    """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
     log_every: int = 100
     """steps between lines of the log"""
@@ -220,6 +221,8 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
+    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -481,28 +484,6 @@ def stopping_rule(
 # --------------------------------------------------------------------------------------------------
 # 6. Data
 # --------------------------------------------------------------------------------------------------
-class Shapes(Dataset):
-    """Drawn images of eight classes: a coloured shape and its mirror image on a shaded ground.
-
-    One half fixes the other, so there is something non-local to learn. Image i depends on i alone.
-    """
-
-    targets = [i % 8 for i in range(5_000)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        rng, (kind, hollow) = random.Random(index), divmod(self.targets[index], 2)
-        low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in "rgb") for a in (0, 64, 159))
-        circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
-        corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
-        image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
-        ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
-        image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
-        return image, self.targets[index]
-
-
 DOGS_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs"
 MAX_SKIPPED = 0.01  # of the images, for want of a usable annotation
 Span = tuple[Path, int, int]  # file, offset, length
@@ -645,7 +626,7 @@ SOURCES = {  # how to open each data set, and how to get it
         f"put images.tar and annotation.tar of {DOGS_URL}/ there, extracted or not",
     ),
     "folder": (lambda args: fid.Folder(args.data_dir), "name a folder of images by --data-dir"),
-    "shapes": (lambda args: Shapes(), ""),
+    "shapes": (lambda args: fid.Shapes(), ""),
 }
 
 
@@ -684,7 +665,7 @@ def endless_batches(
     """This process's shares of the batches from `index` on: images in [-1, 1], labels.
 
     Batch b is a function of (seed, b) alone. The images lie on the device where they fit in a
-    quarter of its free memory; else a thread reads ahead from the disk, for CUDA into pinned memory.
+    quarter of its free memory; else a thread reads ahead from disk, for CUDA into pinned memory.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
     resident = cuda and images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
@@ -973,13 +954,6 @@ def generate(G: nn.Module, z: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
-def write_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write uint8 images (N, C, H, W) as one PNG."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with fid.atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-
-
 def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
     """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
     if 0 < args.fid_real < len(images):
@@ -1062,8 +1036,8 @@ def sample(args: Args) -> None:
     for old in (folder / "generated").glob("*.png"):
         old.unlink()
     for i, image in enumerate(images):
-        write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    write_grid(folder / "generated.png", images, math.isqrt(len(images)))
+        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
+    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
     fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
 
 
@@ -1282,8 +1256,8 @@ def figures(args: Args) -> None:
     title = f"{args.dataset}{dogs}, {args.img_size}x{args.img_size}, seed {args.seed}"
     title += f"; {fid.RANDOM_LABEL}" if args.fid_weights == "random" else ""
     target.mkdir(exist_ok=True)
-    write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
-    write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
+    fid.write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
+    fid.write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
     compare_runs(args, folder, target, title)
     title = f"{args.exp_name}; {title}"
     kept = [*sorted(folder.glob("step-*.pt")), *folder.glob("t_*.pt")]
@@ -1326,9 +1300,9 @@ def train(args: Args) -> dict[str, float]:
     images, labels, path = load_images(args)
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
-    betas = args.beta1, args.beta2
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True)
+    adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
@@ -1338,30 +1312,37 @@ def train(args: Args) -> dict[str, float]:
         fids, losses = read_log(run.folder, "metric/fid"), read_log(run.folder, "loss/d")
         return stopping_rule(fids, losses, args.total_steps)
 
+    def d_update(real: Tensor, z: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            with torch.no_grad():
+                fake = G(z).float()
+            real_logits, fake_logits = D(real).float(), D(fake).float()
+        d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+        d_loss = d_loss_real + d_loss_fake
+        d_norm = run.update(d_loss, "D")
+        return {
+            "loss/d": d_loss, "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake,
+            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
+            "grad/d_norm": d_norm,
+        }  # fmt: skip
+
+    def g_update(z: Tensor) -> dict[str, Tensor]:
+        with run.autocast():
+            logits = D(G(z)).float()
+        g_loss = g_fake(logits).mean()
+        return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G")}
+
+    if args.cuda_graphs:
+        d_update, g_update = fid.graphed(d_update), fid.graphed(g_update)
     done = args.early_stop and fid.on_main(rule)["reason"] == "plateau"
     while run.step < args.total_steps and not stop and not done:
         for _ in range(args.n_critic):
             real, _ = next(batches)
             if args.hflip:
                 real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
-            with run.autocast():
-                with torch.no_grad():
-                    fake = G(run.draw(torch.randn, n, args.z_dim)).float()
-                real_logits, fake_logits = D(real).float(), D(fake).float()
-            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
-            d_loss = d_loss_real + d_loss_fake
-            d_norm = run.update(d_loss, "D")
-
-        with run.autocast():
-            logits = D(G(run.draw(torch.randn, n, args.z_dim))).float()
-        g_loss = g_fake(logits).mean()
-        g_norm = run.update(g_loss, "G")
-
-        terms = {
-            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
-            "loss/d_fake": d_loss_fake, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-        }  # fmt: skip
+            z = run.draw(torch.randn, n, args.z_dim)
+            terms = d_update(real, z)
+        terms |= g_update(run.draw(torch.randn, n, args.z_dim))
         stop, milestone = run.collect(terms), run.step in args.milestones
         if run.due(args.log_every):
             gains = {
@@ -1372,7 +1353,7 @@ def train(args: Args) -> dict[str, float]:
             run.log_interval(gains)
         if (run.due(args.sample_every) or milestone) and run.rank == 0:
             grid = generate(G, eval_noise(args, args.num_samples))
-            write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
+            fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path)
             run.log(metrics)

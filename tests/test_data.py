@@ -177,7 +177,7 @@ def test_celeba_in_its_on_disk_format(tmp_path, monkeypatch):
 
 
 def test_shapes_are_mirrored_labelled_and_fixed():
-    shapes = giu_gan.Shapes()
+    shapes = fid.Shapes()
     for index in (0, 5, 4999):
         image, label = shapes[index]
         pixels = np.asarray(image)

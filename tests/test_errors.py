@@ -335,6 +335,8 @@ CASES = {
     ],
 }
 EVERY_CASE = [(s, *case) for s in SCRIPTS for case in [*COMMON, *CASES[s]]]
+GRAPHS = ["--cuda-graphs", "--device", "cpu"], r"--cuda-graphs must stay off except on one GPU"
+EVERY_CASE += [(script, *GRAPHS) for script in SCRIPTS if script != "an_inpaint"]
 # There 0 stands for the steps of both phases.
 EVERY_CASE.remove(("an_inpaint", ["--total-steps", "0"], r"--total-steps must be at least 1"))
 # There a folder without class folders is the mistake.

@@ -471,7 +471,7 @@ def test_missing_mnist_says_where_and_how(tmp_path):
 @pytest.fixture
 def few(monkeypatch):
     """40 drawn images, and the order of the updates of both nets."""
-    monkeypatch.setattr(sagan_div.Shapes, "targets", [i % 8 for i in range(40)])
+    monkeypatch.setattr(fid.Shapes, "targets", [i % 8 for i in range(40)])
     updates, update = [], sagan_div.Run.update
 
     def counted(run, loss, net):

@@ -33,7 +33,7 @@ def small(**flags):
 @pytest.fixture(autouse=True)
 def few_shapes(monkeypatch):
     """64 of the drawn images: decoding all 5,000 takes seconds."""
-    monkeypatch.setattr(sagan_dogs.Shapes, "targets", [i % 8 for i in range(64)])
+    monkeypatch.setattr(fid.Shapes, "targets", [i % 8 for i in range(64)])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Each script from its command line: modes, resume, kill, processes. Bit for bit on the CPU."""
 
+import contextlib
+import copy
 import importlib
 import json
 import random
@@ -9,10 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, VARIANTS, start, tiny
+
+import fid
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_variant = pytest.mark.parametrize(
@@ -382,6 +387,78 @@ def test_an_update_never_waits_for_the_device(script):
     ).format(script)
     done = subprocess.run([sys.executable, "-c", code, *tiny(script)], cwd=ROOT)
     assert done.returncode == 0
+
+
+class FakeGraphs:
+    """CUDA's graphs on the CPU: recording an update changes nothing, replaying it does the work."""
+
+    def __init__(self, module, monkeypatch):
+        self.recording, self.runs, self.replays, graphed = False, [], 0, fid.graphed
+        init, draw = module.Run.__init__, module.Run.draw
+
+        def start(run, *args, **kwargs):
+            init(run, *args, **kwargs)
+            self.runs.append(run)
+
+        def watched_draw(*args):
+            assert not self.recording, "noise drawn inside of a graph stays the same for ever"
+            return draw(*args)
+
+        def spy(update):
+            def spied(*inputs):
+                terms = update(*inputs)
+                if self.recording:
+                    self.graph.work, self.graph.terms = (lambda: update(*inputs)), terms
+                return terms
+
+            return graphed(spied)
+
+        class Graph:
+            def replay(graph):
+                self.replays += 1
+                for key, value in graph.work().items():
+                    graph.terms[key].detach().copy_(value.detach())
+
+        @contextlib.contextmanager
+        def record(graph):
+            parts = self.runs[-1].parts
+            state, rng = copy.deepcopy({k: p.state_dict() for k, p in parts.items()}), None
+            self.recording, self.graph, rng = True, graph, torch.get_rng_state()
+            yield
+            self.recording = False
+            torch.set_rng_state(rng)
+            for key, part in parts.items():
+                part.load_state_dict(state[key])
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, fake in {
+            "CUDAGraph": Graph, "graph": record, "Stream": lambda: stream,
+            "current_stream": lambda: stream, "stream": lambda s: contextlib.nullcontext(),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(module.Run, "__init__", start)
+        monkeypatch.setattr(module.Run, "draw", watched_draw)
+        monkeypatch.setattr(fid, "graphed", spy)
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "an_inpaint"])
+def test_recorded_updates_are_the_plain_ones(script, call, monkeypatch):
+    """Bit for bit, across the recording and a resume: all that changes comes in as an input."""
+    flags = ["--total-steps", "9", "--save-every", "5", "--log-every", "1", "--hflip"]
+    flags += ["--n-critic", "2"]
+    assert call(script, *tiny(script, *flags, "--exp-name", "plain"))[0] == 0
+    module = importlib.import_module(script)
+    fake = FakeGraphs(module, monkeypatch)
+    monkeypatch.setattr(module, "check_args", lambda args: None)  # there is no GPU here
+    flags += ["--exp-name", "graphs", "--cuda-graphs"]
+    assert call(script, *tiny(script, *flags, "--total-steps", "7"))[0] == 0
+    assert fake.replays == 7 * 2 - 3 + 7 - 3
+    code, _, err = call(script, *tiny(script, *flags, "--resume"))
+    assert code == 0, err
+    plain, graphs = (next(Path("runs").glob(f"*__{name}__*")) for name in ("plain", "graphs"))
+    assert log(plain) == log(graphs)
+    a, b = state(plain)["parts"], state(graphs)["parts"]
+    assert same([a["G"], a["D"]], [b["G"], b["D"]])
 
 
 @every_script
