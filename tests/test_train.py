@@ -4,12 +4,10 @@ import contextlib
 import copy
 import importlib
 import json
-import random
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,35 +180,6 @@ def test_a_changed_flag_is_refused_and_a_free_one_is_not(script, call):
     assert [r["step"] for r in log(run_folder())] == [2, 3, 4]
 
 
-def storm(script: str, kills: int, tmp_path: Path, flags: list[str]) -> None:
-    """Kill a run at random moments, resume it each time, compare with one that was left alone."""
-    rng = random.Random(0)
-    assert start(script, *flags, "--out-dir", "calm", cwd=tmp_path).wait() == 0
-    began = time.monotonic()
-    assert start(script, *flags, "--out-dir", "calm2", cwd=tmp_path).wait() == 0
-    whole, done = time.monotonic() - began, 0
-    for _ in range(kills):
-        process = start(script, *flags, "--out-dir", "storm", "--resume", cwd=tmp_path)
-        try:
-            process.wait(timeout=rng.uniform(0.2, 0.7) * whole)
-            done += 1
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
-    process = start(script, *flags, "--out-dir", "storm", "--resume", cwd=tmp_path)
-    err = process.communicate()[1]
-    assert process.returncode == 0, err
-    calm, stormy = (next((tmp_path / name).iterdir()) for name in ("calm", "storm"))
-    assert log(calm) == log(stormy) and same(state(calm), state(stormy))
-    assert done < kills, "no kill hit the run"
-
-
-def test_sigkill_at_random_moments_loses_nothing(tmp_path):
-    few = ["--fid-num", "10", "--fid-real", "10", "--eval-every", "9", "--fid-weights", "random"]
-    flags = tiny("giu_gan", "--total-steps", "24", "--save-every", "2", *few)
-    storm("giu_gan", 5, tmp_path, flags)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
     flags = tiny("giu_gan", "--total-steps", "100000", "--save-every", "100000", "--log-every", "1")
@@ -241,27 +210,6 @@ def together(script: str, world: int, flags: list[str], cwd: Path) -> list[subpr
         )
         for rank in range(world)
     ]  # fmt: skip
-
-
-def test_two_processes_are_one_run(tmp_path, monkeypatch):
-    """Global batch 8 on two gloo processes = batch 8 on one, to rounding, without batch norm."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import torch.nn as nn\nnn.BatchNorm2d.forward = lambda self, x: x\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    few = ["--eval-every", "5", "--fid-num", "12", "--fid-real", "12", "--fid-batch-size", "5"]
-    flags = tiny("giu_gan", "--total-steps", "5", *few, "--fid-weights", "random", "--hflip")
-    for world in (1, 2):
-        for process in together("giu_gan", world, [*flags, "--out-dir", f"out{world}"], tmp_path):
-            err = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, err
-    one, two = (next((tmp_path / f"out{world}").iterdir()) for world in (1, 2))
-    for a, b in zip(log(one), log(two), strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
-    a, b = state(one)["parts"], state(two)["parts"]
-    for net in "GD":
-        for key in a[net]:
-            torch.testing.assert_close(a[net][key], b[net][key], rtol=0, atol=1e-5)
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
