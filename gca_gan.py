@@ -2,7 +2,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "scipy", "tyro>=0.9", "tensorboard"]
 # ///
-"""GCA: a graph convolution over self-attention, in DCGAN and SAGAN (Peng et al., ICANN 2021).
+"""GCA: graph convolution over attention, in DCGAN, SAGAN, ConSinGAN (Peng et al., ICANN 2021).
 
 "Leveraging GANs via Non-local Features": the pixels of the 8x8 feature map are the nodes of a
 graph, self-attention gives its edges, one graph convolution mixes the nodes, and the result is
@@ -10,7 +10,13 @@ added to the map by a learned gain. Beside it the non-local (NL) block that it i
 
     python gca_gan.py --dataset celeba --block gca               # Table 1, DCGAN + GCA
     python gca_gan.py --dataset celeba --model sagan --block nl  # Table 1, SAGAN
-    python gca_gan.py --mode figures --runs runs/gca_gan__*      # Table 1, Figures 4 and 5
+    python gca_gan.py --mode figures --runs runs/gca_gan__celeba*  # Table 1, Figures 4, 5
+
+The third model, ConSinGAN, learns from one photograph, stage by stage from coarse to fine:
+
+    python gca_gan.py --model consingan --image photo.jpg --block gca
+    python gca_gan.py --model consingan --image photo.jpg --block gca --mode sample
+    python gca_gan.py --model consingan --mode figures --runs runs/gca_gan__image__*  # Figures 6, 7
 
 Differences from the paper
  1. It prints a 1-channel W_j and, with it, sizes that do not multiply. Here W_j has as many outputs
@@ -19,11 +25,18 @@ Differences from the paper
  2. "M = W_j x" is read as M = W_m x: four maps are named and only W_m is C x C.
  3. The block stands in both networks; `--block-in` puts it in one.
  4. Widths, losses, optimisers, batch and run length are not stated. `--model` brings its own, and
-    every flag works with either model. The crop of CelebA is its central 178x178.
+    every flag works with DCGAN and SAGAN. The crop of CelebA is its central 178x178.
  5. Initialisation is not stated: N(0, 0.02) in DCGAN, Xavier in SAGAN, Glorot for Theta, gain 0.
  6. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
  7. A is binarised only by `--gca-binarize`: the paper says that it may help some models.
  8. FID follows the standard protocol of fid.py, at the last step, never at the best one.
+ConSinGAN
+ 9. "Only works in the first stage" is read as: GCA follows the first stage's convolutions, stays in
+    the path of the later stages, learns as long as they do; `--gca-first-only` freezes it then.
+10. The base is ConSinGAN's released code (stages, rates, penalty per pixel) without its flaws: one
+    or two stages work, alpha is composited, a photograph too small for its stages is refused.
+11. SIFID takes the 64 features of SinGAN's code: the paper does not say. Beside it stands the
+    samples' diversity, since a generator that copies the photograph has the best SIFID.
 
 Evidence: see README.md, "The papers, row by row". Table 1 at its full length has not been run.
 """
@@ -31,6 +44,7 @@ Evidence: see README.md, "The papers, row by row". Table 1 at its full length ha
 # --------------------------------------------------------------------------------------------------
 # 1. Imports
 # --------------------------------------------------------------------------------------------------
+import copy
 import functools
 import hashlib
 import io
@@ -95,7 +109,7 @@ class Args:
     dry_run: bool = False
     """print the resolved flags and the parameter counts as JSON and exit"""
     # Data
-    dataset: Literal["celeba", "lsun-church", "folder", "shapes"] = "celeba"
+    dataset: Literal["celeba", "lsun-church", "folder", "shapes", "image"] = "celeba"
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
     data_dir: str = "data"
     """folder of the data set and of the cache of its decoded images"""
@@ -159,10 +173,10 @@ class Args:
     num_samples: int = 64
     """images of a sample grid and of mode sample"""
     # Paper
-    model: Literal["dcgan", "sagan"] = "dcgan"
+    model: Literal["dcgan", "sagan", "consingan"] = "dcgan"
     """row of the paper's tables"""
     block: Literal["none", "nl", "gca"] = "gca"
-    """block at the 8x8 map: none, the non-local block, or GCA"""
+    """block at the 8x8 map (consingan: at stage 0): none, the non-local block, or GCA"""
     block_in: Literal["both", "g", "d"] = "both"
     """networks that have the block"""
     gca_k: Literal[1, 2, 4, 8] = 8
@@ -186,21 +200,75 @@ class Args:
     """mode figures: heat maps of D on real images, or of G on its own"""
     runs: tuple[str, ...] = ()
     """mode figures: run folders to set side by side; none: the one run of these flags"""
+    # Paper: ConSinGAN
+    image: str = ""
+    """photograph, of any size; where --mask goes with it, or a folder of them"""
+    stages: int = 6
+    """sizes at which the photograph is learnt, one after the other"""
+    niter: int = 2_000
+    """steps of a stage"""
+    train_depth: int = 3
+    """newest stages that are trained; the older ones are frozen"""
+    lr_scale: float = 0.1
+    """learning rate of a stage over that of the stage after it"""
+    g_steps: int = 3
+    """Adam steps of the generator on each of its gradients"""
+    num_layer: int = 3
+    """convolutions of a stage, and of the discriminator between its first and its last"""
+    min_size: int = 25
+    """short side of the first stage, in pixels"""
+    max_size: int = 250
+    """long side of the last stage, in pixels, where the photograph is larger"""
+    spacing: Literal["consingan", "singan"] = "consingan"
+    """sizes between: more of them small, or at one ratio"""
+    lambda_rec: float = 10.0
+    """weight of the reconstruction (the paper does not say)"""
+    noise_amp: float = 0.1
+    """noise of a stage over the error of the reconstruction before it"""
+    batch_norm: bool = False
+    """batch norm in the generator"""
+    retarget: bool = False
+    """pad the maps with zeros, not with upsampled features: for samples of other proportions"""
+    gca_place: Literal["body", "head"] = "body"
+    """the block follows the convolutions of stage 0, or the first layer of all"""
+    gca_first_only: bool = False
+    """freeze the block after stage 0"""
+    gca_in_d: bool = False
+    """the block also in the discriminator of stage 0"""
+    sifid_dims: Literal[64, 192] = 64
+    """features of SIFID: those of SinGAN's code, or those of its text"""
+    scale_h: float = 1.0
+    """mode sample: height of the samples over that of the photograph"""
+    scale_w: float = 1.0
+    """mode sample: width of the samples over that of the photograph"""
 
     def __post_init__(self) -> None:
-        self.exp_name = self.exp_name or f"{self.model}-{self.block}"
+        stem = f"-{Path(self.image).stem}" if self.model == "consingan" and self.image else ""
+        self.exp_name = self.exp_name or f"{self.model}-{self.block}{stem}"
         self.img_size = self.img_size or 64
-        self.z_dim = self.z_dim or {"dcgan": 100, "sagan": 128}[self.model]
+        self.z_dim = self.z_dim or {"dcgan": 100, "sagan": 128, "consingan": 3}[self.model]
+        if self.model == "consingan":
+            self.total_steps = self.total_steps or max(1, self.stages * self.niter)
 
 
 MODELS = {  # the flags that a --model stands for; those of the command line come after and win
     "dcgan": "",
     "sagan": "--loss hinge --total-steps 100000 --batch-size 64 --g-lr 1e-4 --d-lr 4e-4 "
     "--beta1 0 --beta2 0.9",
+    "consingan": "--block none --dataset image --loss wgan-gp --lambda-gp 0.1 --batch-size 1 "
+    "--n-critic 3 --g-lr 5e-4 --d-lr 5e-4 --total-steps 0 --amp off --sample-every 500 "
+    "--eval-every 0 --save-every 500 --num-samples 25 --fid-num 10",
 }
+FIELDS = list(Args.__dataclass_fields__)
+PHOTO = FIELDS[FIELDS.index("image") :]  # flags of consingan alone
+NO_PHOTO = (  # flags that it does not read
+    "data_dir", "download", "img_size", "crop", "hflip", "num_workers", "z_dim", "fid_real",
+    "fid_batch_size", "block_in", "squash", "heatmap_net",
+)  # fmt: skip
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples",
+    "save_every", "fid_batch_size", "num_samples", "stages", "niter", "train_depth", "g_steps",
+    "num_layer",
 )  # fmt: skip
 
 
@@ -243,17 +311,23 @@ def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
     check_common(args)
     require(args.img_size in (32, 64, 128), "img_size", "be 32, 64 or 128", args.img_size)
+    photo, resolved = args.model == "consingan", Args(model=args.model)
+    blocks = photo and args.block != "none"
     needs = (
+        (photo, "--model consingan", PHOTO),
+        (not photo, "--model dcgan or sagan", NO_PHOTO),
         (args.block == "gca", "--block gca", ("gca_variant", "gca_binarize", "gca_y_transpose")),
         (args.block == "nl", "--block nl", ("nl_variant",)),
         (args.block != "none", "a --block", ("gca_k", "block_in")),
+        (blocks, "a --block", ("gca_place", "gca_first_only", "gca_in_d")),
         (args.loss == "wgan-gp", "--loss wgan-gp", ("lambda_gp",)),
         (args.dataset == "celeba", "--dataset celeba", ("squash",)),
         (args.mode == "figures", "--mode figures", ("runs", "heatmap_net")),
+        (args.mode == "sample", "--mode sample", ("scale_h", "scale_w")),
     )
     for given, what, flags in needs:
         for flag in () if given else flags:
-            value, default = getattr(args, flag), getattr(Args, flag)
+            value, default = getattr(args, flag), getattr(resolved, flag)
             require(value == default, flag, f"stay {default or 'off'} without {what}", value)
     gcn = args.gca_variant == "gcn"
     must = "be off with --gca-variant gcn, which has no M Y"
@@ -262,11 +336,33 @@ def check_args(args: Args) -> None:
     must = "be at most 178 with --dataset celeba, the width of its images"
     require(args.dataset != "celeba" or args.crop <= 178, "crop", must, args.crop)
     require(not (args.runs and args.checkpoint), "runs", "not go with --checkpoint", args.runs)
+    must = "be image with --model consingan, and only there"
+    require((args.dataset == "image") == photo, "dataset", must, args.dataset)
+    if photo:
+        check_photo(args)
     for net in ("g", "d") if args.block != "none" else ():
-        channels = widths(args, getattr(args, f"{net}_ch"))[1]
-        must = f"divide the {channels} channels of {net.upper()}'s 8x8 map"
-        used = args.block_in in ("both", net)
+        base = getattr(args, f"{net}_ch")
+        channels = base if photo else widths(args, base)[1]
+        must = f"divide the {channels} channels of {net.upper()}'s {'' if photo else '8x8 '}map"
+        used = net == "g" or args.gca_in_d if photo else args.block_in in ("both", net)
         require(not used or channels % args.gca_k == 0, "gca_k", must, args.gca_k)
+
+
+def check_photo(args: Args) -> None:
+    """Refuse what ConSinGAN cannot run, before it reads the photograph (fid.UserError)."""
+    source = args.image or (args.mode != "train" and (args.checkpoint or args.runs))
+    require(bool(source), "image", "name a photograph with --model consingan", "nothing")
+    fixed = {"loss": "wgan-gp", "batch_size": 1, "amp": "off"}  # fp32: derivatives of derivatives
+    for flag, value in fixed.items():
+        must = f"be {value} with --model consingan"
+        require(getattr(args, flag) == value, flag, must, getattr(args, flag))
+    least = 2 * args.num_layer + 5
+    must = f"be at least {least} pixels, what D sees at once"
+    require(args.min_size >= least, "min_size", must, args.min_size)
+    must = f"be at most --stages x --niter = {args.stages * args.niter}"
+    require(args.total_steps <= args.stages * args.niter, "total_steps", must, args.total_steps)
+    for flag in ("scale_h", "scale_w"):
+        require(getattr(args, flag) > 0, flag, "be above 0", getattr(args, flag))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,7 +506,11 @@ class GCA(Gated):
         m = None if gcn else self.m(x).flatten(2).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             j = j.transpose(1, 2) @ j if self.variant == "gram" else j.transpose(1, 2)
-            y = self.theta(normalize(a) @ j)  # Y = A^ J Theta
+            a = normalize(a)
+            if not (gcn or self.y_transpose) and x.shape[1] < a.shape[1]:
+                z = self.theta(m @ a @ j)  # M Y from the left: no product of two n x n matrices
+                return self.add(self.v(z.unflatten(2, size)), x)
+            y = self.theta(a @ j)  # Y = A^ J Theta
             if gcn:
                 z = self.m(y.transpose(1, 2).unflatten(2, size))
             else:
@@ -458,6 +558,8 @@ class Generator(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
+        must = "be consingan for this checkpoint"
+        require(args.model != "consingan", "model", must, "dcgan or sagan")
         channels, layers, bias = args.z_dim, [], args.model == "sagan"
         for i, out in enumerate(widths(args, args.g_ch)):
             stride, padding = (1, 0) if i == 0 else (2, 1)
@@ -501,14 +603,158 @@ class Discriminator(nn.Module):
         return self.layers(x).flatten()
 
 
+def conv_layer(inputs: int, outputs: int, norm: bool = False) -> nn.Sequential:
+    """A 3x3 convolution without padding, batch norm where asked for, LeakyReLU 0.05."""
+    norms = [nn.BatchNorm2d(outputs)] if norm else []
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3), *norms, nn.LeakyReLU(0.05))
+
+
+def stage_block(args: Args, channels: int, size: tuple[int, int]) -> nn.Module:
+    """ConSinGAN's block at stage 0, initialised; the identity without one."""
+    block = nn.Identity()
+    if args.block != "none":
+        block = NonLocal(channels, args) if args.block == "nl" else GCA(channels, size, args)
+    start_weights(args, block)
+    return block
+
+
+@functools.lru_cache
+def bicubic(old: int, new: int, device: torch.device) -> Tensor:
+    """Bicubic interpolation of `old` values to `new`, ends on ends, as a matrix (new, old)."""
+    eye = torch.eye(old, device=device)[None, None]
+    return F.interpolate(eye, (new, old), mode="bicubic", align_corners=True)[0, 0]
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """F.interpolate(x, size, mode="bicubic", align_corners=True) of maps (N, C, H, W).
+
+    As two products of matrices, channels last: faster, and bit-reproducible on CUDA, where that
+    function's gradient comes by atomic additions.
+    """
+    h, w = (bicubic(old, new, x.device).to(x.dtype) for old, new in zip(x.shape[2:], size))
+    y = (h @ x.permute(0, 2, 3, 1).flatten(2)).unflatten(2, (x.shape[3], x.shape[1]))
+    return (w @ y).permute(0, 3, 1, 2)
+
+
+class PyramidGenerator(nn.Module):
+    """ConSinGAN's generator: noise of the stages 0 to d -> images (N, 3, h_d, w_d) in [-1, 1].
+
+    One layer to features, then stages that each refine the upsampled features of the one before,
+    plus noise, then one layer to colours. It has one stage at first; `grow` appends a copy of the
+    last. The block is outside of the stages, since a copy of it would not fit the next size.
+    Buffers keep what sampling needs of the training: the photograph at every stage (real0, real1,
+    ...), the noise z* that reconstructs it (z0, z1, ...), and the amplitudes of the noise.
+    """
+
+    def __init__(self, args: Args, pyramid: list[Tensor]) -> None:
+        super().__init__()
+        channels, norm, layers = args.g_ch, args.batch_norm, range(args.num_layer)
+        self.channels, self.pad, self.stages = channels, args.num_layer, len(pyramid)
+        self.retarget, self.place = args.retarget, args.gca_place
+        self.head = conv_layer(3, channels, norm)
+        stage = nn.Sequential(*(conv_layer(channels, channels, norm) for _ in layers))
+        self.body = nn.ModuleList([stage])
+        self.tail = nn.Sequential(nn.Conv2d(channels, 3, 3), nn.Tanh())
+        start_weights(args, self)
+        self.block = stage_block(args, channels, tuple(pyramid[0].shape[2:]))
+        for i, real in enumerate(pyramid):
+            self.register_buffer(f"real{i}", real)
+        self.register_buffer("z0", pyramid[0].clone())
+        self.register_buffer("amps", torch.tensor([1.0] + [0.0] * (self.stages - 1)))
+
+    def grow(self) -> None:
+        """Append a stage that starts as a copy of the last one."""
+        self.body.append(copy.deepcopy(self.body[-1]))
+        d = len(self.body) - 1
+        zeros = functools.partial(torch.zeros, device=self.amps.device)
+        self.register_buffer(f"z{d}", self.noise(zeros)[d])
+
+    def stack(self, name: str) -> list[Tensor]:
+        """The buffers "real" or "z" of the present stages."""
+        return [getattr(self, f"{name}{i}") for i in range(len(self.body))]
+
+    def noise(
+        self, draw: Callable[..., Tensor], scale: tuple[float, float] = (1.0, 1.0)
+    ) -> list[Tensor]:
+        """The noise of one image of `scale` times the sides, rounded down; draw(1, h, w, C)."""
+        noise, pad = [], 0 if self.retarget else 2 * self.pad
+        for real in self.stack("real"):
+            h, w = (int(side * factor) for side, factor in zip(real.shape[2:], scale))
+            shape = (h + pad, w + pad, self.channels) if noise else (h, w, 3)
+            noise.append(draw(1, *shape).permute(0, 3, 1, 2))
+        return noise
+
+    def trunk(self, noise: Tensor) -> Tensor:
+        """What the block gets of the noise (N, 3, h, w) of stage 0: (N, channels, h, w)."""
+        x = self.head(F.pad(noise, [1] * 4))
+        return x if self.place == "head" else self.first(x)
+
+    def first(self, x: Tensor) -> Tensor:
+        """The convolutions of stage 0; what they cut off is added before, as two wider pixels."""
+        if self.retarget:
+            return self.body[0](F.pad(x, [self.pad] * 4))
+        x = resize(x, (x.shape[2] + 2, x.shape[3] + 2))
+        return self.body[0](F.pad(x, [self.pad - 1] * 4))
+
+    def forward(self, noise: list[Tensor]) -> Tensor:
+        y, pad = self.block(self.trunk(noise[0])), self.pad
+        y = self.first(y) if self.place == "head" else y
+        for body, z, amp in zip(self.body[1:], noise[1:], self.amps[1:]):
+            h, w = z.shape[2:]
+            if self.retarget:
+                base = resize(y, (h, w))
+                wide = F.pad(base + amp * z, [pad] * 4)
+            else:
+                base, wide = resize(y, (h - 2 * pad, w - 2 * pad)), resize(y, (h, w)) + amp * z
+            y = body(wide) + base
+        return self.tail(F.pad(y, [1] * 4))
+
+    def groups(self, args: Args) -> list[dict]:
+        """Adam's parameter groups of the newest stage; what is not in them is frozen.
+
+        The learning rate falls by `lr_scale` with each stage that a part is older.
+        """
+        d, depth = len(self.body) - 1, args.train_depth
+        parts = [(self.body[i], d - i) for i in range(max(0, d - depth + 1), d + 1)]
+        parts += [(self.tail, 0), *[(self.head, d)][: d < depth]]
+        parts += [(self.block, d)][: d < (1 if args.gca_first_only else depth)]
+        self.requires_grad_(False)
+        groups = [(list(part.requires_grad_().parameters()), age) for part, age in parts]
+        return [{"params": p, "lr": args.g_lr * args.lr_scale**age} for p, age in groups if p]
+
+
+class PatchDiscriminator(nn.Module):
+    """ConSinGAN's critic: images (N, 3, H, W) -> a score of each patch (N, 1, H - 2k, W - 2k).
+
+    k = num_layer + 2 layers without padding: a patch is 2k + 1 pixels wide. Only stage 0 may have
+    the block, on maps of photographs of `size`.
+    """
+
+    def __init__(self, args: Args, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        channels, layers, self.place = args.d_ch, range(args.num_layer), args.gca_place
+        self.head = conv_layer(3, channels)
+        self.body = nn.Sequential(*(conv_layer(channels, channels) for _ in layers))
+        self.tail = nn.Conv2d(channels, 1, 3)
+        start_weights(args, self)
+        cut = 2 if self.place == "head" else 2 + 2 * args.num_layer
+        inside = tuple(side - cut for side in size or ())
+        self.block = stage_block(args, channels, inside) if size else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        x = self.body(self.block(x)) if self.place == "head" else self.block(self.body(x))
+        return self.tail(x)
+
+
 def block_terms(G: nn.Module, D: nn.Module) -> dict[str, Tensor]:
     """For the log: the gain of each block, and rms(p) / rms(x) of its last forward pass."""
     terms = {}
     for key, net in (("g", G), ("d", D)):
-        block = net.layers[net.place]
-        if isinstance(block, Gated):
-            terms[f"train/{block.gain_name}_{key}"] = getattr(block, block.gain_name)
-            terms[f"train/ratio_{key}"] = block.ratio
+        for block in net.modules():
+            if isinstance(block, Gated):
+                terms[f"train/{block.gain_name}_{key}"] = getattr(block, block.gain_name)
+                terms[f"train/ratio_{key}"] = block.ratio
     return terms
 
 
@@ -532,6 +778,16 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> T
         mixed = (eps * real + (1 - eps) * fake).requires_grad_()
         (grad,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
         return (grad.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def pixel_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
+    """ConSinGAN's penalty: the mean over pixels of (||grad D(x^)||_2 - 1)^2, D summed over patches.
+
+    x^ = eps x + (1 - eps) x~, eps (1, 1, 1, 1). The norm is over a pixel's colours, not the image.
+    """
+    mixed = (eps * real + (1 - eps) * fake).requires_grad_()
+    (grad,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
+    return (grad.norm(dim=1) - 1).square().mean()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -661,6 +917,86 @@ def endless_batches(
             yield real.float().div_(127.5).sub_(1), y
 
 
+def open_photo(path: str) -> Image.Image:
+    """The photograph as upright RGB of 8 bits; a warning says what was converted.
+
+    Transparent parts become white, of an animation the first frame is taken. fid.UserError for a
+    file that is missing or unreadable.
+    """
+    try:
+        with Image.open(path) as source:
+            frames = getattr(source, "n_frames", 1)
+            image = ImageOps.exif_transpose(source)
+        mode = image.mode
+        alpha = "A" in image.getbands() or "transparency" in image.info
+        if mode == "F":
+            raise ValueError("the range of floating-point pixels is unknown")
+        if mode.startswith("I"):  # 16 bits: Pillow would cut, not scale, to 8
+            grey = np.rint(np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255))
+            image = Image.fromarray(grey.astype(np.uint8))
+        if alpha:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except Exception as error:  # decoders fail in many ways
+        raise fid.UserError(f"--image {path} cannot be read: {error}") from error
+    for found, what in (
+        (frames > 1, f"the first of {frames} frames is taken"),
+        (alpha, "transparent parts become white"),
+        (not alpha and mode != "RGB", f"its pixels (Pillow's mode {mode}) become RGB of 8 bits"),
+    ):
+        if found:
+            fid.warn(f"--image {path}: {what}")
+    return image
+
+
+def pyramid_shapes(args: Args, height: int, width: int) -> list[tuple[int, int]]:
+    """Sizes (H, W) of the stages of a photograph of height x width pixels, the smallest first.
+
+    All but the last are r^e of it, rounded up. ConSinGAN's e = (S - 1) ln(S - i) / ln(S) + 1 gives
+    more small stages than SinGAN's S - i, for stage i of S + 1. fid.UserError for a photograph too
+    small for its stages.
+    """
+    long = max(height, width)
+    if long > args.max_size:
+        height, width = (-(-side * args.max_size // long) for side in (height, width))
+    short, last = min(height, width), args.stages - 1
+    must = (
+        f"be below {short}, the short side at {height}x{width} pixels: a smaller --min-size or a "
+        f"larger photograph and --max-size (now {args.max_size})"
+    )
+    require(args.min_size < short, "min_size", must, args.min_size)
+    if short < 2 * args.min_size:
+        fid.warn(f"the short side, {short} pixels, is below twice --min-size: stages differ little")
+    sizes, ratio = [], (args.min_size / short) ** (1 / max(1, last))
+    for i in range(last):
+        exponent = last - i
+        if args.spacing == "consingan" and last > 1:
+            exponent = (last - 1) / math.log(last) * math.log(last - i) + 1
+        sizes.append(tuple(math.ceil(side * ratio**exponent) for side in (height, width)))
+    return [*sizes, (height, width)]
+
+
+def load_pyramid(args: Args) -> list[Tensor]:
+    """The photograph at every stage's size, (1, 3, H, W) in [-1, 1], each resized from the last's.
+
+    fid.UserError for a photograph that is unreadable, too small, or too large for the block.
+    """
+    photo = open_photo(args.image)
+    sizes = pyramid_shapes(args, photo.height, photo.width)
+    nodes = sizes[0][0] * sizes[0][1]
+    if args.block == "gca" and args.gca_variant in ("nodes", "gram"):
+        must = f"be bottleneck or gcn where stage 0 has {nodes} pixels, above 4096"
+        require(nodes <= 4096, "gca_variant", must, args.gca_variant)
+        if nodes > 1600:
+            fid.warn(f"Theta has {nodes}x{nodes} weights; --gca-variant bottleneck or gcn has few")
+    full, pyramid = photo.resize(sizes[-1][::-1], Image.BICUBIC), []
+    for height, width in sizes:
+        level = torch.from_numpy(np.array(full.resize((width, height), Image.BICUBIC)))
+        pyramid.append(level.permute(2, 0, 1)[None].float() / 127.5 - 1)
+    return pyramid
+
+
 # --------------------------------------------------------------------------------------------------
 # 7. Run
 # --------------------------------------------------------------------------------------------------
@@ -668,7 +1004,8 @@ FORMAT = 1  # of the checkpoints
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
     "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
-    "num_samples", "fid_batch_size", "heatmap_net", "runs",
+    "num_samples", "fid_batch_size", "heatmap_net", "runs", "image", "sifid_dims", "scale_h",
+    "scale_w",
 }  # fmt: skip
 
 
@@ -957,10 +1294,14 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     return args, device, nets["G"], nets["D"], path.parent
 
 
+def checkpoint_path(args: Args) -> Path:
+    """The checkpoint that --checkpoint or the flags of the run name."""
+    return Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
+
+
 def evaluate(args: Args) -> dict[str, float]:
     """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
-    source = Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
-    step = load_checkpoint(source)["step"]
+    step = load_checkpoint(checkpoint_path(args))["step"]
     args, device, G, _, folder = open_checkpoint(args)
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
@@ -972,13 +1313,8 @@ def evaluate(args: Args) -> dict[str, float]:
     return scores
 
 
-def sample(args: Args) -> None:
-    """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
-    args, _, G, _, folder = open_checkpoint(args)
-    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
-    images = torch.cat([generate(G, z).cpu() for z in parts])
-    if fid.processes()[0] > 0:
-        return
+def write_images(folder: Path, images: Tensor) -> None:
+    """Write uint8 images as PNGs to generated/, in place of what was there, and as a grid."""
     (folder / "generated").mkdir(exist_ok=True)
     for old in (folder / "generated").glob("*.png"):
         old.unlink()
@@ -986,6 +1322,15 @@ def sample(args: Args) -> None:
         fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
     fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
     fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
+
+
+def sample(args: Args) -> None:
+    """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
+    args, _, G, _, folder = open_checkpoint(args)
+    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
+    images = torch.cat([generate(G, z).cpu() for z in parts])
+    if fid.processes()[0] == 0:
+        write_images(folder, images)
 
 
 PUBLISHED = {  # Table 1, FID on CelebA and on LSUN church
@@ -1047,13 +1392,12 @@ def table(runs: list[Path]) -> str:
 
 
 @torch.no_grad()
-def heat_maps(net: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Heat (N, 1, 8, 8) in [0, 1] at a network's block: its output o, its input x and o - x.
+def heat_maps(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Heat (N, 1, H, W) in [0, 1] at a block of input (N, C, H, W): its output o, x and o - x.
 
     The mean over the channels, stretched to [0, 1] map by map; without a block x alone, as "o".
     """
-    x, block, maps = net.layers[: net.place](inputs), net.layers[net.place], {}
-    o = block(x) if isinstance(block, Gated) else x
+    o, maps = block(x) if isinstance(block, Gated) else x, {}
     for key, value in {"o": o, "x": x, "gain p": o - x}.items() if o is not x else [("o", x)]:
         mean = value.mean(dim=1, keepdim=True)
         mean = mean - mean.amin(dim=(2, 3), keepdim=True)
@@ -1086,7 +1430,9 @@ def figures(args: Args) -> None:
         net, images, inputs = D, real, real.to(device).float() / 127.5 - 1
         if args.heatmap_net == "g":
             net, images, inputs = G, samples[-1], z.to(device)[:, :, None, None]
-        maps = heat_maps(net, inputs)
+        with torch.no_grad():
+            x = net.layers[: net.place](inputs)
+        maps = heat_maps(net.layers[net.place], x)
         columns += [images, *(overlay(images, heat) for heat in maps.values())]
         above = ", ".join(f"{key} {(h > 0.5).float().mean():.1%}" for key, h in maps.items())
         fid.say(f"{place}: map of {args.heatmap_net.upper()} above 0.5: {above}")
@@ -1098,6 +1444,144 @@ def figures(args: Args) -> None:
         temporary.write_text(text + "\n")
     fid.say(text)
     fid.say(f"samples, heatmaps (image, o, x, gain p of each run) and table1 are in {target}")
+
+
+def pyramid_nets(args: Args, pyramid: list[Tensor], stage: int) -> tuple[nn.Module, nn.Module]:
+    """G and D as they are in a stage, with the weights of the start.
+
+    D comes first and G's block last: a run with a block starts from the weights of one without.
+    """
+    in_d = args.gca_in_d and stage == 0
+    D = PatchDiscriminator(args, tuple(pyramid[0].shape[2:]) if in_d else None)
+    G = PyramidGenerator(args, pyramid)
+    for _ in range(stage):
+        G.grow()
+    return G, D
+
+
+def saved_stage(state: dict) -> tuple[list[Tensor], int]:
+    """The photograph at every stage's size, and the present stage, of ConSinGAN's checkpoint."""
+    buffers, args = state["parts"]["G"], state["args"]
+    pyramid = [buffers[f"real{i}"] for i in range(len(buffers["amps"]))]
+    return pyramid, max(0, state["step"] - 1) // args["niter"]
+
+
+def open_pyramid(args: Args, path: Path) -> tuple[Args, nn.Module, dict]:
+    """Args with the checkpoint's architecture, its generator on the device, the checkpoint."""
+    state = load_checkpoint(path)
+    must = f"be {state['args'].get('model')} for {path}"
+    require(state["args"].get("model") == "consingan", "model", must, args.model)
+    if unknown := state["args"].keys() ^ asdict(args).keys():
+        raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
+    here = {"deterministic", "fid_num", "fid_weights", "eval_seed"} | FREE_FLAGS
+    args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
+    G = pyramid_nets(args, *saved_stage(state))[0]
+    G.load_state_dict(state["parts"]["G"])
+    return args, G.to(setup(args), memory_format=torch.channels_last), state
+
+
+def photo_noise(args: Args, G: nn.Module, index: int) -> list[Tensor]:
+    """The noise of sample `index`, a function of (eval_seed, index) and its sizes alone."""
+    generator = torch.Generator().manual_seed(fid.mix("photo", args.eval_seed, index))
+    draw = functools.partial(torch.randn, generator=generator)
+    return [z.to(G.amps.device) for z in G.noise(draw, (args.scale_h, args.scale_w))]
+
+
+@torch.no_grad()
+def photo_samples(args: Args, G: nn.Module, count: int) -> Tensor:
+    """uint8 samples (count, 3, H, W). One at a time: batch norm stays that of single images."""
+    return torch.cat([to_pixels(G(photo_noise(args, G, i))) for i in range(count)])
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1] as uint8, on the CPU."""
+    return images.mul(127.5).add(127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def photo_score(args: Args, trunk: nn.Module, G: nn.Module) -> dict[str, float]:
+    """SIFID of `fid_num` samples of G from the photograph at the present stage's size.
+
+    And their diversity, as SinGAN measures it: the deviation of a pixel over the samples, averaged,
+    over the deviation of the photograph's pixels. A copied photograph has the best SIFID, and 0.
+    """
+    real, fakes = to_pixels(G.stack("real")[-1])[0], photo_samples(args, G, args.fid_num)
+    found = fid.sifid(trunk, real, fakes, args.sifid_dims)
+    mean, spread, size = found["mean"], found["std"], "x".join(map(str, real.shape[1:]))
+    diversity = (fakes.float().std(0).mean() / real.float().std()).item()
+    label = f"{args.sifid_dims} features, {args.fid_num} samples of {size}"
+    fid.say(
+        f"SIFID {mean:.4g} ± {spread:.2g}, diversity {diversity:.3f} ({label})"
+        f"{trunk.label and ': '}{trunk.label}"
+    )
+    return {"metric/sifid": mean, "metric/sifid_std": spread, "metric/diversity": diversity}
+
+
+def evaluate_photo(args: Args) -> dict[str, float]:
+    """Mode evaluate of ConSinGAN: SIFID, printed and kept in evaluate.json by the checkpoint."""
+    path = checkpoint_path(args)
+    args, G, state = open_pyramid(args, path)
+    trunk = fid.load_sifid_trunk(args.fid_weights, G.amps.device, args.sifid_dims)
+    scores = photo_score(args, trunk, G)
+    with fid.atomic(path.with_name("evaluate.json")) as temporary:
+        record = {"step": state["step"], **scores, **trunk.protocol}
+        temporary.write_text(json.dumps(record, indent=2))
+    return scores
+
+
+def sample_photo(args: Args) -> None:
+    """Mode sample of ConSinGAN: PNGs, of --scale-h and --scale-w times the size, and a grid."""
+    path = checkpoint_path(args)
+    args, G, _ = open_pyramid(args, path)
+    fixed = args.block == "gca" and args.gca_variant != "gcn"
+    for flag, side in (("scale_h", 2), ("scale_w", 3)):
+        value, least = getattr(args, flag), G.real0.shape[side]
+        must = f"be 1 with --gca-variant {args.gca_variant}, which has one size: train with gcn"
+        require(value == 1 or not fixed, flag, must, value)
+        require(value * least >= 1, flag, f"leave a pixel of stage 0's {least}", value)
+    write_images(path.parent, photo_samples(args, G, args.num_samples))
+
+
+@torch.no_grad()
+def figures_photo(args: Args) -> None:
+    """Mode figures of ConSinGAN, a row of each run; smaller images are enlarged, pixel by pixel.
+
+    pairs.png: the photograph and samples of shared noise (Figure 6). stages.png: a sample after
+    each finished stage, then the photograph (Figure 7). heatmaps.png: G's block at stage 0.
+    """
+    paths = [Path(run) / "checkpoint.pt" for run in args.runs] or [checkpoint_path(args)]
+    opened = [open_pyramid(args, path) for path in paths]
+    photos = [saved_stage(state)[0] for *_, state in opened]
+    for path, photo in zip(paths, photos):
+        same = len(photo) == len(photos[0]) and all(map(torch.equal, photo, photos[0]))
+        require(same, "runs", f"be of one photograph and its stages, as {paths[0]}", path)
+    ended = min(len(list(path.parent.glob("stage*.pt"))) for path in paths)
+    target, n = paths[0].parent / "figures", min(4, args.num_samples)
+    target.mkdir(exist_ok=True)
+    real, pairs, strips, columns = to_pixels(photos[0][-1]), [], [], []
+    fit = functools.partial(F.interpolate, size=real.shape[2:])
+    for path, (run, G, _) in zip(paths, opened):
+        samples = fit(photo_samples(run, G, n))
+        pairs += [real, samples]
+        for stage in range(ended):
+            then, grown, _ = open_pyramid(args, path.with_name(f"stage{stage}.pt"))
+            strips.append(fit(photo_samples(then, grown, 1)))
+        strips.append(real)
+        noise = [photo_noise(run, G, i) for i in range(n)]
+        maps = heat_maps(G.block, torch.cat([G.trunk(z[0]) for z in noise]))
+        columns += [samples, *(overlay(samples, heat) for heat in maps.values())]
+        above = ", ".join(f"{key} {(h > 0.5).float().mean():.1%}" for key, h in maps.items())
+        kept, score = path.with_name("evaluate.json"), "not evaluated"
+        if kept.exists():
+            found = json.loads(kept.read_text())
+            label = f", {fid.RANDOM_LABEL}" if found["weights"] == "random" else ""
+            score = f"{found['metric/sifid']:.4g} ± {found['metric/sifid_std']:.2g}{label}"
+            score += f", diversity {found['metric/diversity']:.3f}"
+        size = f"G of {cost(G, noise[0])} M parameters / M MACs"
+        fid.say(f"{path.parent}: SIFID {score}; {size}; map above 0.5: {above}")
+    fid.write_grid(target / "pairs.png", torch.cat(pairs), n + 1)
+    fid.write_grid(target / "stages.png", torch.cat(strips), ended + 1)
+    fid.write_grid(target / "heatmaps.png", torch.stack(columns, 1).flatten(0, 1), len(columns))
+    fid.say(f"pairs, stages and heatmaps (sample, o, x, gain p of each run) are in {target}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1171,6 +1655,118 @@ def train(args: Args) -> dict[str, float]:
     return metrics
 
 
+def stage_update(run: Run, loss: Tensor, net: str, steps: int = 1) -> Tensor:
+    """`steps` Adam steps of net "G" or "D" on one gradient of the loss; the gradient's norm.
+
+    Unlike Run.update it asks for gradients of the trained parameters only: others are frozen.
+    """
+    opt = run.parts[f"{net.lower()}_opt"]
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    opt.zero_grad(set_to_none=True)
+    loss.backward(inputs=parameters)
+    for _ in range(steps):
+        opt.step()
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def stage_optimizers(args: Args, G: nn.Module, D: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """New optimisers for the newest stage."""
+    betas = args.beta1, args.beta2
+    return {
+        "g_opt": torch.optim.Adam(G.groups(args), args.g_lr, betas, fused=True),
+        "d_opt": torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True),
+    }
+
+
+@torch.no_grad()
+def next_stage(run: Run, G: nn.Module, D: nn.Module) -> None:
+    """Append a stage: its z*, the amplitude of its noise, new optimisers; D's block goes."""
+    G.grow()
+    d = len(G.body) - 1
+    getattr(G, f"z{d}").copy_(G.noise(functools.partial(run.draw, torch.randn))[d])
+    error = F.mse_loss(G(G.stack("z")), getattr(G, f"real{d}"))  # with an amplitude of 0
+    G.amps[d] = run.args.noise_amp * error.sqrt()
+    D.block = nn.Identity()
+    G.to(memory_format=torch.channels_last)
+    run.parts |= stage_optimizers(run.args, G, D)
+
+
+def train_consingan(args: Args) -> dict[str, float]:
+    """Train on one photograph, from the start or the run's checkpoint; the last SIFID."""
+    device, path = setup(args), run_folder(args) / "checkpoint.pt"
+    trunk = None
+    if args.eval_every:
+        trunk = fid.load_sifid_trunk(args.fid_weights, device, args.sifid_dims)
+    photo = load_pyramid(args)
+    resumed = args.resume and path.exists()
+    pyramid, stage = saved_stage(load_checkpoint(path)) if resumed else (photo, 0)
+    torch.manual_seed(args.seed)
+    G, D = pyramid_nets(args, pyramid, stage)
+    for net in (G, D):
+        net.to(device, memory_format=torch.channels_last)
+    run = Run(args, device, G=G, D=D, **stage_optimizers(args, G, D))
+    if not torch.equal(pyramid[-1], photo[-1]):
+        raise fid.UserError(f"{args.image} is not the photograph of {path}")
+    d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
+    last_fifth, stop, metrics = -(-args.niter * 4 // 5), False, {}
+
+    while run.step < args.total_steps and not stop:
+        stage, inner = divmod(run.step, args.niter)
+        if stage == len(G.body):
+            next_stage(run, G, D)
+        if inner == last_fifth:
+            for group in run.parts["g_opt"].param_groups + run.parts["d_opt"].param_groups:
+                group["lr"] *= 0.1
+        real, fixed = G.stack("real")[-1], G.stack("z")
+        noise = G.noise(functools.partial(run.draw, torch.randn))
+        if args.batch_norm:  # the statistics are those of one image
+            fake, rec = G(noise), G(fixed)
+        else:
+            fake, rec = G([torch.cat(pair) for pair in zip(noise, fixed)]).split(1)
+
+        both = torch.cat([real, fake.detach()])
+        for _ in range(args.n_critic):
+            real_logits, fake_logits = D(both).split(1)
+            d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
+            d_reg = pixel_penalty(D, real, fake.detach(), run.draw(torch.rand, 1, 1, 1, 1))
+            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
+            d_norm = stage_update(run, d_loss, "D")
+
+        g_loss_adv, g_loss_rec = g_fake(D(fake)).mean(), F.mse_loss(rec, real)
+        g_loss = g_loss_adv + args.lambda_rec * g_loss_rec
+        g_norm = stage_update(run, g_loss, "G", args.g_steps)
+
+        terms = {
+            "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
+            "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg, "loss/g_adv": g_loss_adv,
+            "loss/g_rec": g_loss_rec, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+        }  # fmt: skip
+        stop = run.collect(terms | block_terms(G, D))
+        ended = run.step % args.niter == 0
+        if ended or run.due(args.log_every):
+            run.log_interval({"train/stage": stage})
+        if ended or run.due(args.sample_every):
+            name = run.folder / f"samples/{run.step:07d}"
+            grid = photo_samples(args, G, args.num_samples)
+            fid.write_grid(name.with_suffix(".png"), grid, math.isqrt(len(grid)))
+            with torch.no_grad():
+                rec = to_pixels(G(fixed))
+            fid.write_grid(name.with_name(f"{name.name}-rec.png"), torch.cat([rec, to_pixels(real)]), 2)
+        if run.due(args.eval_every):
+            metrics = photo_score(args, trunk, G)
+            run.log(metrics)
+        if ended:
+            run.save(f"stage{stage}.pt")
+        if stop or ended or run.due(args.save_every):
+            run.save()
+    if stop:
+        fid.say(f"stopped at step {run.step}; the same command with --resume goes on")
+        raise SystemExit(128 + run.signal)
+    fid.say(f"done: {run.folder} (samples/, log.jsonl, checkpoint.pt)")
+    return metrics
+
+
 # --------------------------------------------------------------------------------------------------
 # 10. Main
 # --------------------------------------------------------------------------------------------------
@@ -1179,10 +1775,17 @@ def main() -> None:
     model = tyro.cli(Args, description=__doc__).model
     args = tyro.cli(Args, args=[*MODELS[model].split(), *sys.argv[1:]])
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
+    if args.model == "consingan":
+        modes = {"train": train_consingan, "evaluate": evaluate_photo, "sample": sample_photo,
+                 "figures": figures_photo}  # fmt: skip
     try:
         check_args(args)
         if args.dry_run:
-            nets = {"G": Generator(args), "D": Discriminator(args)}
+            if args.model == "consingan":
+                G, D = pyramid_nets(args, load_pyramid(args), args.stages - 1)
+            else:
+                G, D = Generator(args), Discriminator(args)
+            nets = {"G": G, "D": D}
             params = {key: sum(p.numel() for p in net.parameters()) for key, net in nets.items()}
             print(json.dumps({"args": asdict(args), "params": params}))
         else:

@@ -190,6 +190,9 @@ CASES = {
             ["--dataset", "lsun-church", "--eval-every", "0", "--data-dir", "{tmp}"],
             r"church_outdoor_train_lmdb.*or read a folder of images by --dataset folder",
         ),
+        (["--dataset", "image"], r"--dataset must be image with --model consingan, and only there"),
+        (["--image", "a.png"], r"--image must stay off without --model consingan, got a\.png"),
+        (["--stages", "3"], r"--stages must stay 6 without --model consingan, got 3"),
     ],
     "an_gan": [
         (["--img-size", "48"], r"--img-size must be 32, 64 or 128, got 48"),
@@ -399,6 +402,71 @@ def test_a_download_without_network_says_which_file_goes_where(call, monkeypatch
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     result = call("giu_gan", "--dataset", "cifar10", "--eval-every", "0")
     assert_mistake(result, r"no network.*cifar-10-python\.tar\.gz")
+
+
+PHOTO_CASES = [  # flags after --model consingan, and what the message must say
+    ("", r"--image must name a photograph with --model consingan, got nothing"),
+    ("--checkpoint x.pt", r"--checkpoint must stay empty with --mode train"),
+    ("--mode sample", r"--image must name a photograph"),
+    ("--mode evaluate --checkpoint x.pt", r"x\.pt is missing"),
+    ("--mode figures --runs a b", r"a/checkpoint\.pt is missing"),
+    ("--image nowhere.jpg", r"--image nowhere\.jpg cannot be read: .*No such file"),
+    ("--image .", r"--image \. cannot be read: .*Is a directory"),
+    ("--image text.png", r"text\.png cannot be read: cannot identify"),
+    ("--image cut.png", r"cut\.png cannot be read: "),
+    ("--image float.tif", r"float\.tif cannot be read: the range of floating-point"),
+    ("--image flat.png", r"--min-size must be below 15, .*a smaller --min-size or a larger .*250"),
+    ("--image small.png", r"--min-size must be below 25, the short side at 25x40 pixels"),
+    ("--image large.png --block gca --min-size 65", r"--gca-variant must be .*4225 .* above 4096"),
+    ("--image a.png --min-size 10", r"--min-size must be at least 11 pixels, .*got 10"),
+    ("--image a.png --num-layer 11", r"--min-size must be at least 27 pixels, .*got 25"),
+    ("--image a.png --num-layer 0", r"--num-layer must be at least 1"),
+    ("--image a.png --stages 0", r"--stages must be at least 1, got 0"),
+    ("--image a.png --niter 0", r"--niter must be at least 1, got 0"),
+    ("--image a.png --train-depth 0", r"--train-depth must be at least 1, got 0"),
+    ("--image a.png --g-steps 0", r"--g-steps must be at least 1"),
+    ("--image a.png --noise-amp -1", r"--noise-amp must be at least 0"),
+    ("--image a.png --total-steps 12001", r"--total-steps must be at most .*12000, got 12001"),
+    ("--image a.png --batch-size 2", r"--batch-size must be 1 with --model consingan, got 2"),
+    ("--image a.png --loss hinge --lambda-gp 10", r"--loss must be wgan-gp with --model consingan"),
+    ("--image a.png --amp bf16", r"--amp must be off with --model consingan, got bf16"),
+    ("--image a.png --dataset shapes", r"--dataset must be image with --model consingan"),
+    ("--image a.png --hflip", r"--hflip must stay off without --model dcgan or sagan"),
+    ("--image a.png --block-in g", r"--block-in must stay both without --model dcgan or sagan"),
+    ("--image a.png --img-size 32", r"--img-size must stay 64 without --model dcgan or sagan"),
+    ("--image a.png --z-dim 100", r"--z-dim must stay 3 without --model dcgan or sagan"),
+    ("--image a.png --gca-in-d", r"--gca-in-d must stay off without a --block"),
+    ("--image a.png --gca-place head", r"--gca-place must stay body without a --block, got head"),
+    ("--image a.png --scale-h 2", r"--scale-h must stay 1.0 without --mode sample, got 2.0"),
+    ("--image a.png --mode sample --scale-w 0", r"--scale-w must be above 0"),
+    ("--image a.png --block gca --g-ch 20", r"--gca-k must divide the 20 channels of G's map"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), PHOTO_CASES)
+def test_mistakes_with_one_photograph(flags, words, call, tmp_path):
+    Path("text.png").write_text("no image")
+    sides = {"flat": (1000, 60), "small": (40, 25), "large": (90, 90), "cut": (90, 90)}
+    for name, size in sides.items():
+        if name in flags:
+            Image.effect_noise(size, 50).convert("RGB").save(f"{name}.png")
+    if "cut" in flags:
+        Path("cut.png").write_bytes(Path("cut.png").read_bytes()[:2000])
+    Image.new("F", (40, 40)).save("float.tif")
+    assert_mistake(call("gca_gan", "--model", "consingan", *flags.split()), words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_photograph_needs_no_weights_but_for_an_evaluation(call, monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
+    Image.effect_noise((40, 40), 50).convert("RGB").save("a.png")
+    flags = ["--model", "consingan", "--image", "a.png", "--stages", "1", "--g-ch", "4"]
+    flags += ["--d-ch", "4", "--num-samples", "1"]
+    result = call("gca_gan", *flags, "--niter", "1", "--eval-every", "1")
+    assert_mistake(result, r"inception_v3_google.*--fid-weights")
+    assert call("gca_gan", *flags, "--niter", "1")[0] == 0
+    result = call("gca_gan", *flags, "--niter", "1", "--mode", "evaluate")
+    assert_mistake(result, r"inception_v3_google.*--fid-weights")
 
 
 @every_script

@@ -4,11 +4,13 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+import tyro
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -185,6 +187,18 @@ def test_gca_is_the_loops(variant, transpose, binarize):
     np.testing.assert_allclose(net(x).detach().numpy(), expected, rtol=0, atol=1e-12)
     wrong = np.stack([loop_gca(net, sample, axis="j") for sample in x.numpy()])
     assert abs(wrong - expected).max() > 1e-3  # the test sees a softmax over the wrong axis
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gca_of_more_pixels_than_channels_is_the_loops(variant):
+    """There the products are taken in another order."""
+    net = block(variant, size=(3, 4))
+    x = torch.randn(2, 8, 3, 4, dtype=torch.float64)
+    expected = np.stack([loop_gca(net, sample) for sample in x.numpy()])
+    np.testing.assert_allclose(net(x).detach().numpy(), expected, rtol=0, atol=1e-12)
+    if variant == "nodes":  # and cost less: three products of 8 x 12 and 12 x 12, none of 12 x 12
+        maps = 12 * 8 * (2 + 2 + 12 + 8 + 8) + 12 * 12 * 2
+        assert macs(net.float(), torch.randn(1, 8, 3, 4)) == maps + 3 * 8 * 12 * 12
 
 
 def test_orientation_of_y_matters():
@@ -738,14 +752,14 @@ def test_overlay_and_heat():
     args = Args(block="gca", **SMALL)
     D, x = Discriminator(args).eval(), torch.randn(2, 3, 32, 32)
     torch.nn.init.constant_(D.layers[D.place].alpha, 0.5)
-    maps = gca_gan.heat_maps(D, x)
+    maps = gca_gan.heat_maps(D.layers[D.place], D.layers[: D.place](x))
     assert list(maps) == ["o", "x", "gain p"]
     before = D.layers[: D.place](x).detach()
     for key, value in {"x": before, "o": D.layers[D.place](before).detach()}.items():
         mean = value.mean(1, keepdim=True)
         low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
         torch.testing.assert_close(maps[key], (mean - low) / (high - low))
-    plain = gca_gan.heat_maps(Discriminator(Args(block="none", **SMALL | {"gca_k": 8})).eval(), x)
+    plain = gca_gan.heat_maps(torch.nn.LeakyReLU(), before)
     assert list(plain) == ["o"]
 
 
@@ -762,3 +776,464 @@ def test_runs_of_other_data_are_refused(tmp_path):
         runs.append(str(gca_gan.run_folder(args)))
     with pytest.raises(fid.UserError, match="--runs must be of one data set and size"):
         gca_gan.figures(Args(mode="figures", runs=tuple(runs), device="cpu"))
+
+
+# --------------------------------------------------------------------------------------------------
+# ConSinGAN: sizes, networks, penalty
+# --------------------------------------------------------------------------------------------------
+def photo_args(*flags, image="photo.png"):
+    """Args as the command line resolves them for one photograph."""
+    brought = gca_gan.MODELS["consingan"].split()
+    return tyro.cli(Args, args=[*brought, "--model", "consingan", "--image", str(image), *flags])
+
+
+def pyramid(args, height=40, width=60):
+    return [torch.rand(1, 3, *size) * 2 - 1 for size in gca_gan.pyramid_shapes(args, height, width)]
+
+
+@pytest.mark.parametrize(
+    ("size", "stages", "expected"),
+    [
+        ((166, 250), 8, "26x38 29x43 34x50 40x61 51x77 72x108 127x191 166x250"),
+        ((166, 250), 6, "26x38 31x47 41x61 60x90 114x172 166x250"),
+        ((250, 250), 6, "25x25 33x33 45x45 72x72 158x158 250x250"),
+        ((188, 250), 6, "25x34 32x42 42x56 63x84 126x167 188x250"),
+        ((166, 250), 1, "166x250"),
+        ((166, 250), 2, "26x38 166x250"),
+        ((332, 500), 2, "26x38 166x250"),  # brought to --max-size first, and rounded up
+        ((1000, 601), 1, "250x151"),
+    ],
+)
+def test_sizes_of_the_stages(size, stages, expected):
+    sizes = gca_gan.pyramid_shapes(photo_args("--stages", str(stages)), *size)
+    assert " ".join(f"{h}x{w}" for h, w in sizes) == expected
+
+
+def test_singan_spacing_is_geometric_and_has_fewer_small_stages():
+    sizes = gca_gan.pyramid_shapes(photo_args("--spacing", "singan"), 250, 250)
+    ratios = [b[0] / a[0] for a, b in zip(sizes, sizes[1:])]
+    assert max(ratios) - min(ratios) < 0.05 * max(ratios)
+    ours = gca_gan.pyramid_shapes(photo_args(), 250, 250)
+    assert sum(h < 60 for h, _ in sizes) < sum(h < 60 for h, _ in ours)
+
+
+def test_consingan_parameters_and_receptive_field():
+    args = photo_args()
+    sizes = pyramid(args)
+    G, D = gca_gan.PyramidGenerator(args, sizes), gca_gan.PatchDiscriminator(args, None)
+    counts = [parameters(G.head), parameters(G.body[0]), parameters(G.tail), parameters(D)]
+    assert counts == [1_792, 110_784, 1_731, 113_153]
+    for _ in range(5):
+        G.grow()
+    assert parameters(G) == 668_227
+    assert D(torch.zeros(1, 3, 11, 14)).shape == (1, 1, 1, 4)
+    with pytest.raises(RuntimeError):
+        D(torch.zeros(1, 3, 10, 14))
+    gca = gca_gan.PyramidGenerator(photo_args("--block", "gca"), pyramid(args, 166, 250))
+    assert parameters(gca.block) == 1_048_593 and gca.block.size == (26, 38)
+    for net in (G, D):
+        for layer in net.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.weight.numel() > 10_000:
+                assert abs(layer.weight.std() - 0.02) < 1e-3 and layer.bias.std() > 0.01
+
+
+FEW = ("--g-ch", "8", "--d-ch", "8", "--stages", "3", "--min-size", "14", "--max-size", "60")
+
+
+@pytest.mark.parametrize("place", ["body", "head"])
+@pytest.mark.parametrize("block", ["none", "nl", "gca"])
+@pytest.mark.parametrize("more", [(), ("--retarget",), ("--batch-norm",), ("--num-layer", "2")])
+def test_every_stage_gives_images_of_its_size(block, place, more):
+    args = photo_args(*FEW, *more, "--block", block, "--gca-place", place)
+    sizes = pyramid(args)
+    G = gca_gan.PyramidGenerator(args, sizes)
+    torch.nn.init.ones_(G.amps)
+    for d, real in enumerate(sizes):
+        if d:
+            G.grow()
+        image = G(G.noise(torch.randn))
+        assert image.shape == real.shape and image.abs().max() < 1
+        other = G(G.noise(torch.randn))
+        assert not torch.equal(other, image)
+    D = gca_gan.PatchDiscriminator(args, tuple(sizes[0].shape[2:]))
+    cut = 2 * args.num_layer + 4
+    assert D(sizes[0]).shape[2:] == tuple(side - cut for side in sizes[0].shape[2:])
+
+
+def test_forward_is_the_formulas():
+    """Stage i: body(up(y, h + 2 L) + amp noise) + up(y, h), by torch's own interpolation."""
+    args = photo_args(*FEW)
+    G = gca_gan.PyramidGenerator(args, pyramid(args)).double()
+    G.grow()
+    torch.nn.init.normal_(G.body[1][0][0].weight)
+    G.amps[:2] = torch.tensor([1.0, 0.3])
+    z0, z1 = (z.double() for z in G.noise(torch.randn))
+    zero = torch.nn.functional.pad
+    up = lambda x, h, w: torch.nn.functional.interpolate(  # noqa: E731
+        x, (h, w), mode="bicubic", align_corners=True
+    )
+    (h0, w0), (h1, w1) = z0.shape[2:], G.real1.shape[2:]
+    y = G.body[0](zero(up(G.head(zero(z0, [1] * 4)), h0 + 2, w0 + 2), [2] * 4))
+    y = G.body[1](up(y, h1 + 6, w1 + 6) + 0.3 * z1) + up(y, h1, w1)
+    expected = torch.tanh(G.tail[0](zero(y, [1] * 4)))
+    torch.testing.assert_close(G([z0, z1]), expected, rtol=0, atol=1e-6)
+
+
+def test_resize_is_torchs_bicubic():
+    x = torch.randn(2, 3, 7, 9)
+    for size in ((9, 11), (20, 31), (1, 1), (7, 9)):
+        expected = torch.nn.functional.interpolate(x, size, mode="bicubic", align_corners=True)
+        torch.testing.assert_close(gca_gan.resize(x, size), expected, rtol=0, atol=1e-5)
+
+
+def test_a_new_stage_is_a_copy_of_the_last_without_the_block():
+    args = photo_args(*FEW, "--block", "gca")
+    G = gca_gan.PyramidGenerator(args, pyramid(args))
+    for d in (1, 2):
+        torch.nn.init.normal_(G.body[-1][0][0].weight)
+        before = parameters(G)
+        G.grow()
+        assert parameters(G) - before == 3 * (9 * 8 * 8 + 8)
+        assert sum(isinstance(layer, GCA) for layer in G.modules()) == 1
+        for old, new in zip(G.body[d - 1].parameters(), G.body[d].parameters(), strict=True):
+            assert torch.equal(old, new) and old.data_ptr() != new.data_ptr()
+
+
+@pytest.mark.parametrize("flags", [(), ("--gca-first-only",)])
+def test_rates_and_what_is_frozen(flags):
+    args = photo_args(*FEW, "--block", "gca", "--train-depth", "2", "--g-lr", "1", *flags)
+    G = gca_gan.PyramidGenerator(args, pyramid(args))
+    both = {"body.0": 1, "head": 1, "tail": 1, "block": 1}
+    later = {"body.1": 1, "body.0": 0.1, "head": 0.1, "tail": 1, "block": 0.1}
+    if flags:
+        later.pop("block")
+    for expected in (both, later, {"body.2": 1, "body.1": 0.1, "tail": 1}):
+        rates = {id(p): group["lr"] for group in G.groups(args) for p in group["params"]}
+        found = {}
+        for name, parameter in G.named_parameters():
+            part = ".".join(name.split(".")[: 2 if name.startswith("body") else 1])
+            assert parameter.requires_grad == (id(parameter) in rates), name
+            if id(parameter) in rates:
+                found.setdefault(part, set()).add(round(rates[id(parameter)], 9))
+        assert found == {part: {rate} for part, rate in expected.items()}
+        if len(G.body) < 3:
+            G.grow()
+
+
+def test_pixel_penalty_is_a_mean_over_pixels_of_norms_over_colours():
+    weight = torch.randn(3, 4, 5)
+    critic = lambda x: (x * weight).sum(1, keepdim=True)[:, :, 1:-1, 1:-1]  # noqa: E731
+    real, fake = torch.randn(2, 1, 3, 4, 5)
+    penalty = gca_gan.pixel_penalty(critic, real, fake, torch.rand(1, 1, 1, 1))
+    norms = torch.zeros(4, 5)  # the patches do not see the border: a norm of 0 there
+    norms[1:-1, 1:-1] = weight.square().sum(0).sqrt()[1:-1, 1:-1]
+    torch.testing.assert_close(penalty, (norms - 1).square().mean())
+    whole = gca_gan.gradient_penalty(critic, real, fake, torch.rand(1, 1, 1, 1))
+    assert (whole - penalty).abs() > 0.5  # the usual penalty is another
+
+
+# --------------------------------------------------------------------------------------------------
+# ConSinGAN: the photograph
+# --------------------------------------------------------------------------------------------------
+def noise_image(size=(60, 40), mode="RGB", seed=0):
+    channels = {"RGB": 3, "L": 1, "CMYK": 4, "RGBA": 4}[mode]
+    values = np.random.default_rng(seed).integers(0, 256, (5, 7, channels), dtype=np.uint8)
+    small = Image.fromarray(values.squeeze(), mode if channels != 1 else "L")
+    return small.resize(size, Image.BICUBIC)
+
+
+def test_photographs_of_every_kind_become_upright_rgb(tmp_path, capsys):
+    fid.warn.cache_clear()
+    clear = noise_image(mode="RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize((60, 40)))
+    palette = noise_image().quantize(16)
+    deep = Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27)
+    frames = [noise_image(seed=i) for i in range(3)]
+    turned = noise_image()
+    exif = turned.getexif()
+    exif[274] = 6  # the camera was turned: rotate by 270 degrees
+    for name, image, options, words in (
+        ("plain.png", noise_image(), {}, None),
+        ("grey.png", noise_image(mode="L"), {}, "mode L"),
+        ("palette.png", palette, {}, "mode P"),
+        ("cmyk.jpg", noise_image(mode="CMYK"), {}, "mode CMYK"),
+        ("deep.png", deep, {}, "mode I"),
+        ("alpha.png", clear, {}, "become white"),
+        ("film.gif", frames[0], {"save_all": True, "append_images": frames[1:]}, "of 3 frames"),
+        ("turned.jpg", turned, {"exif": exif}, None),
+    ):
+        image.save(tmp_path / name, **options)
+        photo = gca_gan.open_photo(str(tmp_path / name))
+        err = capsys.readouterr().err
+        assert photo.mode == "RGB" and photo.size == ((40, 60) if "turned" in name else (60, 40))
+        assert words in err and name in err if words else not err, name
+        if name == "alpha.png":
+            assert np.asarray(photo)[0].min() > 250  # transparent there
+        if name == "deep.png":
+            assert abs(np.asarray(photo)[..., 0] - np.asarray(deep) / 257).max() < 0.51
+        if name == "film.gif":
+            gap = np.asarray(photo).astype(int) - np.asarray(frames[0])
+            assert abs(gap).mean() < 20
+
+
+def test_levels_are_the_photograph_resized_by_bicubic(tmp_path):
+    noise_image((130, 90)).save(tmp_path / "a.png")
+    levels = gca_gan.load_pyramid(photo_args("--max-size", "100", image=tmp_path / "a.png"))
+    assert levels[-1].shape == (1, 3, 70, 100) and len(levels) == 6
+    full = Image.open(tmp_path / "a.png").resize((100, 70), Image.BICUBIC)
+    for level in (levels[0], levels[-1]):
+        assert level.min() >= -1 and level.max() <= 1
+        expected = full.resize(level.shape[:1:-1], Image.BICUBIC)
+        pixels = gca_gan.to_pixels(level)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(pixels, np.asarray(expected))
+
+
+def test_size_limits_of_the_photograph_and_of_the_block(tmp_path, capsys):
+    fid.warn.cache_clear()
+    words = r"--min-size must be below 15, the short side at 250x15 pixels: a smaller --min-size"
+    with pytest.raises(fid.UserError, match=words):
+        gca_gan.pyramid_shapes(photo_args(), 1000, 60)
+    assert gca_gan.pyramid_shapes(photo_args("--max-size", "1000"), 1000, 60)[-1] == (1000, 60)
+    assert not capsys.readouterr().err
+    gca_gan.pyramid_shapes(photo_args(), 49, 60)
+    assert "49 pixels, is below twice --min-size" in capsys.readouterr().err
+    noise_image((250, 250)).save(tmp_path / "a.png")
+    for side, variant, words in (
+        (65, "nodes", "4225 pixels, above 4096"), (65, "gram", "--gca-variant must be bottleneck"),
+        (65, "bottleneck", ""), (65, "gcn", ""), (41, "nodes", "1681x1681"), (39, "nodes", ""),
+    ):  # fmt: skip
+        flags = ("--block", "gca", "--gca-variant", variant, "--min-size", str(side))
+        args = photo_args(*flags, image=tmp_path / "a.png")
+        if words and side == 65:
+            with pytest.raises(fid.UserError, match=words):
+                gca_gan.load_pyramid(args)
+        else:
+            gca_gan.load_pyramid(args)
+            err = capsys.readouterr().err
+            assert words in err and bool(words) == bool(err)
+
+
+# --------------------------------------------------------------------------------------------------
+# ConSinGAN: training, resume, samples
+# --------------------------------------------------------------------------------------------------
+LITTLE = ("--model", "consingan", "--image", "photo.png", *FEW, "--niter", "5", "--num-samples", "2",
+          "--log-every", "2", "--save-every", "3", "--sample-every", "0")  # fmt: skip
+BLOCK = ("--block", "gca", "--gca-k", "4")
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def records(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in lines]
+
+
+def same(a, b):
+    """Whether two checkpoints agree in every bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("more", [("--gca-in-d",), ("--batch-norm", "--gca-first-only")])
+def test_three_stages_end_to_end_with_kills_inside_and_between(more, call, monkeypatch):
+    noise_image().save("photo.png")
+    flags = (*LITTLE, *BLOCK, *more)
+    assert call("gca_gan", *flags, "--out-dir", "whole")[0] == 0
+    save = gca_gan.Run.save
+    for kill in (3, 5, 12):  # inside the first stage, between two, inside the last
+
+        def stop(self, name="checkpoint.pt", kill=kill):
+            save(self, name)
+            if self.step == kill and name == "checkpoint.pt":
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(gca_gan.Run, "save", stop)
+            call("gca_gan", *flags, "--out-dir", "parts", "--resume")
+    code, out, err = call("gca_gan", *flags, "--out-dir", "parts", "--resume")
+    assert code == 0 and "from step 12" in out, err
+    whole, parts = (next(Path(name).iterdir()) for name in ("whole", "parts"))
+    assert whole.name == "gca_gan__image__consingan-gca-photo__s1"
+    assert records(whole) == records(parts)
+    for name in ("checkpoint.pt", "stage0.pt", "stage1.pt", "stage2.pt"):
+        a, b = (torch.load(folder / name, weights_only=True) for folder in (whole, parts))
+        assert a["step"] == b["step"] and same(a["parts"], b["parts"]), name
+    images = {path.name for path in (whole / "samples").iterdir()}
+    assert images == {f"{n:07d}{end}.png" for n in (5, 10, 15) for end in ("", "-rec")}
+    last = records(whole)[-1]
+    assert last["step"] == 15 and last["train/stage"] == 2 and last["train/alpha_g"] != 0
+    assert [r["train/stage"] for r in records(whole)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert ("train/alpha_d" in records(whole)[0]) == ("--gca-in-d" in more)
+    assert "train/alpha_d" not in last  # D's block went with stage 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--stages 1 --block none",
+        "--stages 2 --gca-variant gram --gca-place head --gca-in-d",
+        "--gca-variant bottleneck --gca-binarize hard --gca-y-transpose --spacing singan",
+        "--block nl --nl-variant pooled --retarget --g-steps 1 --num-layer 2 --lambda-gp 0",
+        "--gca-variant gcn --n-critic 1 --retarget --batch-norm --train-depth 1 --gca-in-d",
+    ],
+)
+def test_variants_of_consingan_train(flags, call):
+    noise_image().save("photo.png")
+    block = () if "--block none" in flags else BLOCK
+    argv = (*LITTLE, "--niter", "2", *block, *flags.split())
+    code, out, err = call("gca_gan", *argv, "--fid-weights", "random", "--eval-every", "100")
+    assert code == 0, err
+    (folder,) = Path("runs").iterdir()
+    last = records(folder)[-1]
+    assert last["metric/sifid"] > 0 and "SIFID" in out
+    code, _, err = call("gca_gan", *argv, "--mode", "sample")
+    assert code == 0, err
+
+
+def test_alpha_moves_in_one_step_and_parts_move_as_they_should(call):
+    """From the checkpoints: what changed in the last stage, and by how much."""
+    noise_image().save("photo.png")
+    flags = (*LITTLE, *BLOCK, "--train-depth", "2", "--save-every", "1")
+    assert call("gca_gan", *flags, "--total-steps", "1")[0] == 0
+    (folder,) = Path("runs").iterdir()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+    assert state["G"]["block.alpha"] != 0
+    # three Adam steps on one gradient: each moves alpha by the learning rate, but for Adam's epsilon
+    assert 1.1e-3 < state["G"]["block.alpha"].abs() < 1.5001e-3
+    assert call("gca_gan", *flags, "--resume")[0] == 0
+    first, second, third = (
+        torch.load(folder / f"stage{d}.pt", weights_only=True)["parts"]["G"] for d in range(3)
+    )
+    moved = {
+        key: (third[key] - second[key]).abs().max() > 0 for key in second if key != "amps"
+    }  # fmt: skip
+    for key, changed in moved.items():
+        frozen = key.startswith(("head", "body.0", "block", "real", "z"))
+        assert changed != frozen, key
+    slow = (second["body.0.0.0.weight"] - first["body.0.0.0.weight"]).abs().max()
+    fast = (second["body.1.0.0.weight"] - first["body.0.0.0.weight"]).abs().max()
+    assert 0 < slow < 0.2 * fast
+    assert second["amps"][0] == 1 and 0 < second["amps"][1] < 0.2 and second["amps"][2] == 0
+
+
+def test_reconstruction_is_deterministic_and_improves(call):
+    noise_image().save("photo.png")
+    flags = (*LITTLE, "--stages", "1", "--niter", "60", "--max-size", "30", "--g-ch", "32")
+    assert call("gca_gan", *flags, "--log-every", "10")[0] == 0
+    (folder,) = Path("runs").iterdir()
+    errors = [r["loss/g_rec"] for r in records(folder)]
+    assert errors[-1] < 0.5 * errors[0]
+    args, G, _ = gca_gan.open_pyramid(photo_args(), folder / "checkpoint.pt")
+    with torch.no_grad():
+        one, two = (gca_gan.to_pixels(G(G.stack("z"))) for _ in range(2))
+    assert torch.equal(one, two)
+    shown = np.asarray(Image.open(folder / "samples" / "0000060-rec.png"))
+    np.testing.assert_array_equal(shown[2:-2, 2:32], one[0].permute(1, 2, 0).numpy())
+    # z* of stage 0 is the photograph itself
+    assert torch.equal(G.z0, G.real0)
+
+
+def test_learning_rates_fall_in_the_last_fifth_of_a_stage(call):
+    noise_image().save("photo.png")
+    for steps, factor in ((4, 1), (5, 0.1), (9, 1), (10, 0.1)):
+        flags = (*LITTLE, "--total-steps", str(steps), "--out-dir", str(steps))
+        assert call("gca_gan", *flags)[0] == 0
+        (folder,) = Path(str(steps)).iterdir()
+        parts = torch.load(folder / "checkpoint.pt", weights_only=True)["parts"]
+        rates = [group["lr"] for group in parts["d_opt"]["param_groups"]]
+        rates.append(max(group["lr"] for group in parts["g_opt"]["param_groups"]))
+        assert rates == pytest.approx([5e-4 * factor] * 2)
+
+
+@pytest.fixture
+def photo_run(call):
+    """A folder of a finished run of three stages, and one with GCA in its gcn variant."""
+    noise_image().save("photo.png")
+    assert call("gca_gan", *LITTLE)[0] == 0
+    assert call("gca_gan", *LITTLE, *BLOCK, "--gca-variant", "gcn")[0] == 0
+    return [Path(f"runs/gca_gan__image__consingan-{name}-photo__s1") for name in ("none", "gca")]
+
+
+def test_modes_of_a_photograph(photo_run, call):
+    none, gca = photo_run
+    use = ("--model", "consingan", "--checkpoint", str(gca / "checkpoint.pt"))
+    # one of the flags of the run finds it too; the photograph is not needed any more
+    Path("photo.png").unlink()
+    by_name = ("--model", "consingan", "--image", "photo.png")
+    code, out, err = call("gca_gan", *by_name, "--mode", "evaluate", "--fid-weights", "random")
+    assert code == 0 and "64 features, 10 samples of 40x60" in out, err
+    assert fid.RANDOM_LABEL in out
+    scores = json.loads((none / "evaluate.json").read_text())
+    assert scores["metric/sifid"] > 0 and scores["metric/sifid_std"] > 0 and scores["step"] == 15
+    trunk = fid.load_sifid_trunk("random")
+    args, G, _ = gca_gan.open_pyramid(photo_args(), none / "checkpoint.pt")
+    real = gca_gan.to_pixels(G.real2)
+    assert fid.sifid(trunk, real[0], real)["mean"] < 1e-6
+    fakes = gca_gan.photo_samples(args, G, 10)
+    assert fid.sifid(trunk, real[0], fakes)["mean"] == pytest.approx(scores["metric/sifid"])
+    assert len({image.numpy().tobytes() for image in fakes}) == 10
+    diversity = fakes.double().numpy().std(0, ddof=1).mean() / real.double().numpy().std(ddof=1)
+    assert scores["metric/diversity"] == pytest.approx(diversity, rel=1e-4)
+    # more samples are the same ones and others
+    torch.testing.assert_close(gca_gan.photo_samples(args, G, 3), fakes[:3])
+    for flags, count, size in (
+        (("--num-samples", "5"), 5, (60, 40)),
+        (("--num-samples", "3", "--scale-w", "1.5", "--scale-h", "0.8"), 3, (90, 32)),
+    ):
+        code, _, err = call("gca_gan", *use, "--mode", "sample", *flags)
+        assert code == 0, err
+        made = list((gca / "generated").glob("*.png"))
+        assert len(made) == count and {Image.open(path).size for path in made} == {size}
+        assert (gca / "generated.png").exists()
+    runs = ("--runs", str(none), str(gca))
+    code, out, err = call("gca_gan", "--model", "consingan", "--mode", "figures", *runs)
+    assert code == 0, err
+    assert out.count("map above 0.5: o ") == 2 and "not evaluated" in out
+    sizes = {"pairs": (5, 2), "stages": (4, 2), "heatmaps": (2 + 4, 4)}
+    for name, (columns, rows) in sizes.items():
+        image = Image.open(none / "figures" / f"{name}.png")
+        assert image.size == (columns * 62 + 2, rows * 42 + 2)
+    cells = np.asarray(Image.open(none / "figures" / "stages.png"))
+    photo = real[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(cells[2:42, -62:-2], photo)
+    first = cells[2:42, 2:62]  # 14x21 pixels, enlarged by repetition
+    assert len(np.unique(first.reshape(-1, 3), axis=0)) <= 14 * 21
+
+
+def test_photographs_and_models_are_not_mixed_up(photo_run, call):
+    none, gca = photo_run
+    checkpoint = ("--checkpoint", str(none / "checkpoint.pt"))
+    code, _, err = call("gca_gan", "--mode", "sample", *checkpoint)
+    assert code == 2 and "--model must be consingan for this checkpoint" in err
+    noise_image(seed=5).save("photo.png")
+    code, _, err = call("gca_gan", *LITTLE, "--resume")
+    assert code == 2 and "photo.png is not the photograph of runs/" in err
+    code, _, err = call("gca_gan", *LITTLE, "--resume", "--stages", "4")
+    assert code == 2 and "--stages was 3, is 4" in err
+    assert call("gca_gan", *LITTLE, "--out-dir", "other")[0] == 0
+    (other,) = Path("other").iterdir()
+    runs = ("--runs", str(none), str(other))
+    code, _, err = call("gca_gan", "--model", "consingan", "--mode", "figures", *runs)
+    assert code == 2 and "--runs must be of one photograph and its stages" in err
+    assert call("gca_gan", *LITTLE, *BLOCK, "--out-dir", "fixed")[0] == 0
+    flags = (*LITTLE, *BLOCK, "--out-dir", "fixed", "--mode", "sample", "--save-every", "500")
+    code, _, err = call("gca_gan", *flags, "--scale-h", "2")
+    assert code == 2 and "--scale-h must be 1 with --gca-variant nodes" in err and "gcn" in err
+    assert call("gca_gan", *flags)[0] == 0
+
+
+def test_consingan_brings_its_settings(monkeypatch, capsys):
+    noise_image((120, 80)).save("photo.png")
+    args = resolved(monkeypatch, capsys, "--model", "consingan", "--image", "photo.png")
+    found = {key: args[key] for key in ("block", "loss", "lambda_gp", "g_lr", "d_lr", "beta1")}
+    assert found == {"block": "none", "loss": "wgan-gp", "lambda_gp": 0.1, "g_lr": 5e-4,
+                     "d_lr": 5e-4, "beta1": 0.5}  # fmt: skip
+    assert args["total_steps"] == 12_000 and args["exp_name"] == "consingan-none-photo"
+    assert resolved(monkeypatch, capsys)["total_steps"] == 39_550
