@@ -750,7 +750,7 @@ def endless_batches(
 # --------------------------------------------------------------------------------------------------
 # 7. Run
 # --------------------------------------------------------------------------------------------------
-FORMAT = 1  # of the checkpoints
+FORMAT = 2  # of the checkpoints; 2: channels last, in which the moments lie too
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
     "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
@@ -1265,7 +1265,9 @@ def train(args: Args) -> dict[str, float]:
     inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
     images, labels, path = load_labelled(args)
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
-    G, D = Generator(args).to(device), Discriminator(args).to(device)
+    G, D = Generator(args), Discriminator(args)
+    for net in (G, D):
+        net.to(device, memory_format=torch.channels_last)
     adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
     g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
     d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
