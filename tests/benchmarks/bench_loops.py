@@ -19,6 +19,7 @@ of train(), and multiply-adds a second against those of a large matrix product a
 """
 
 import argparse
+import contextlib
 import importlib
 import io
 import itertools
@@ -27,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,10 @@ def photographs(folder, side, count=512):
     return folder
 
 
-def explicit_attention(query, key, value, *scale):
-    """softmax(Q K^T) V with its map in memory."""
-    weights = (query @ key.transpose(-2, -1) * (scale[0] if scale else 1)).softmax(-1)
-    return weights @ value
+def explicit_attention(query, key, value):
+    """attend() with its map in memory."""
+    weights = (query.flatten(2).transpose(1, 2) @ key.flatten(2)).softmax(-1)
+    return (value.flatten(2) @ weights.transpose(1, 2)).unflatten(2, query.shape[2:])
 
 
 def unfolded(x, kernel):
@@ -93,7 +94,7 @@ def region_by_region(self, v, s):
     return out
 
 
-@contextmanager
+@contextlib.contextmanager
 def replaced(places):
     """Other functions for (object, name) pairs, for a while; those that do not exist stay away."""
     kept = {(o, name): getattr(o, name) for o, name in places if hasattr(o, name)}
@@ -192,9 +193,17 @@ def peak(device):
     return best
 
 
+class NoTracker(contextlib.nullcontext):
+    """For FlopCounterMode, whose own tracker of modules refuses autograd.grad."""
+
+    parents = {"Global"}
+
+
 def profile(module, args, batch_rate, device):
     """Where the time of train() goes, and how much of the machine's arithmetic it uses."""
-    with FlopCounterMode(display=False) as counter, redirect_stdout(io.StringIO()):
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = NoTracker()
+    with counter, redirect_stdout(io.StringIO()):
         module.train(args("count"))
     macs = counter.get_total_flops() / 2 / 4 * batch_rate / 1e9
     product, convolution = peak(device)
