@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 import zlib
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -42,7 +43,13 @@ from test_train import free_port, log, run_folder, same, state
 import fid
 
 MODULES = {script: importlib.import_module(script) for script in SCRIPTS}
-MODELS = [(script, flags) for script in SCRIPTS for flags in ["", *VARIANTS[script]]]
+# Not bf16 with an_inpaint's 1x1 maps: there PyTorch's CPU kernel of the gradient of a 5x5 weight
+# leaves it uninitialised (2.6 and 2.15), so that no two runs agree.
+MODELS = [
+    (script, flags.replace(" --amp bf16", "") if script == "an_inpaint" else flags)
+    for script in SCRIPTS
+    for flags in ["", *VARIANTS[script]]
+]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 QUICKLY = ("giu_gan", "an_inpaint")  # two kinds of data; the others share their text with these
 some_scripts = pytest.mark.parametrize(
@@ -464,6 +471,17 @@ def damage(script: str, made: tuple[Path, bytes, dict], cuts: int, flips: int) -
 def test_cut_and_flipped_checkpoints_are_refused(script, checkpoint):
     passed = damage(script, checkpoint(script), *((100, 150) if script == "giu_gan" else (10, 10)))
     assert passed < 100  # of fillings and dates; a loader that sees nothing lets nearly all pass
+
+
+def test_a_tensor_marked_as_a_folder_is_refused(checkpoint):
+    """torch.load leaves it as the memory happens to be."""
+    path, whole, _ = checkpoint("giu_gan")
+    with zipfile.ZipFile(path) as archive:
+        first = archive.start_dir
+    marked = bytearray(whole)
+    marked[first + 38] ^= 0x10  # the attributes of the first entry
+    path.write_bytes(marked)
+    assert load_or_refuse("giu_gan", path) is None
 
 
 @pytest.mark.storm
