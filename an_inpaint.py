@@ -269,12 +269,15 @@ def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
     check_common(args)
     size, last = args.img_size, args.phase1_steps + args.phase2_steps
+    on_gpu = torch.cuda.is_available() and args.device != "cpu"
     boxes, masks = args.train_mask in ("centre", "rect"), bool(args.mask_dir)
     rules = (
         (size >= 64 and size % 8 == 0, "img_size", "be a multiple of 8, at least 64"),
         (args.box <= size, "box", f"fit into --img-size {size}"),
         (args.shrink < 0.5, "shrink", "be below 0.5, or nothing is left of the hole"),
         (args.tau > 0, "tau", "be above 0"),
+        (on_gpu or args.amp in ("auto", "off"), "amp",
+         "be off on the CPU: PyTorch's bf16 gradient of the critics' last layers is wrong there"),
         (args.total_steps <= last, "total_steps", f"be at most {last}, the steps of both phases"),
         (boxes or args.critics != "global-local", "critics",
          f"be global or global-patch with --train-mask {args.train_mask}, which has no box"),

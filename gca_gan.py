@@ -1348,7 +1348,7 @@ def run_result(folder: Path) -> tuple[Args, str, float | None]:
     The FID is the run's own at its last step, else that of mode evaluate.
     """
     args = Args(**json.loads((folder / "args.json").read_text())["args"])
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    records = fid.read_records(folder / "log.jsonl")
     step, weights = max([r["step"] for r in records], default=0), args.fid_weights
     scores = [r["metric/fid"] for r in records if r["step"] == step and "metric/fid" in r]
     if not scores and (folder / "evaluate.json").exists():

@@ -93,13 +93,13 @@ VARIANTS = {
     ],
     "an_inpaint": [
         "--refine ca",
-        "--refine ca --no-fuse --amp bf16",
+        "--refine ca --no-fuse",
         "--refine sa",
         "--refine plain --hflip",
         "--refine none --reconstruction full --no-resize",
         "--critics global-patch --train-mask stroke --gp-region hole --phase1-steps 0",
         "--critics global --reconstruction discount --train-mask centre --shared-mask "
-        "--region-stats bn --amp bf16",
+        "--region-stats bn",
         "--widths deepfill --an-reading literal --entity-init normal --no-self-sampling "
         "--no-an-value",
     ],

@@ -262,6 +262,7 @@ CASES = {
         ),
     ],
     "an_inpaint": [
+        (["--amp", "bf16", "--device", "cpu"], r"--amp must be off on the CPU: .*, got bf16"),
         (["--img-size", "32"], r"--img-size must be a multiple of 8, at least 64, got 32"),
         (["--img-size", "100"], r"--img-size must be a multiple of 8, at least 64, got 100"),
         (["--img-size", "64", "--box", "65"], r"--box must fit into --img-size 64, got 65"),
