@@ -63,7 +63,7 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 
 import fid
@@ -742,111 +742,12 @@ def open_source(args: Args, held_out: bool) -> tuple[Dataset, list[int]]:
     return source, list(range(len(source)))
 
 
-def cached_size(size: tuple[int, int], args: Args) -> tuple[int, int]:
-    """(height, width) in the cache of a photograph of size (width, height)."""
-    scale = args.img_size / min(size)
-    if args.resize or scale > 1:
-        size = [max(args.img_size, round(side * scale)) for side in size]
-    return size[1], size[0]
-
-
-def decode_photos(source: Dataset, args: Args, indices: list[int]) -> list[np.ndarray | str]:
-    """Photographs as uint8 (H, W, 3) in their size of the cache, or why one cannot be read."""
-    found = []
-    for index in indices:
-        try:
-            image = source[index][0].convert("RGB")
-            height, width = cached_size(image.size, args)
-            found += [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))]
-        except Exception as error:  # decoders fail in many ways; all are listed together
-            name = getattr(source, "files", {index: f"image {index}"})[index]
-            found += [f"{name}: {error or type(error).__name__}"]
-    return found
-
-
-def cache_photos(source: Dataset, indices: list[int], path: Path, args: Args, small: bool) -> None:
-    """Decode photographs once, into one flat uint8 array and a table of their sizes beside it.
-
-    The array appears complete or not at all, after the table. Raises: UserError for too little free
-    disk, images smaller than --img-size unless `small` ones are welcome, and all unreadable ones.
-    """
-    side, sizes, least = args.img_size, [], 0
-    for index in indices:
-        try:  # the header only
-            with Image.open(source.files[index]) as image:
-                size = image.size
-        except AttributeError:  # no files: shapes
-            size = source[index][0].size
-        except Exception:  # decoding will say what is wrong with it, and with all others
-            size = side, side
-        least += min(size) < side
-        sizes.append(cached_size(size, args))
-    if least and not small:
-        must = f"fit into each held-out image without --resize ({least} are smaller)"
-        require(False, "img_size", must, side)
-    if least:
-        fid.warn(f"{least} of {len(sizes)} images are smaller than --img-size {side}: enlarged")
-    ends = np.cumsum([0, *(height * width * 3 for height, width in sizes)])
-    free, size = shutil.disk_usage(path.parent).free, int(ends[-1])
-    if size > free:
-        has = f"{path.parent} has {free / 1e9:.2f} GB left"
-        raise fid.UserError(f"{has}, the decoded images need {size / 1e9:.2f} GB")
-    fid.say(f"decoding {len(sizes)} images into {path} ({size / 1e6:.0f} MB), once")
-    work, broken = functools.partial(decode_photos, source, args), []
-    workers = min(args.num_workers, os.cpu_count() or 1)
-    loader = DataLoader(indices, 16, num_workers=workers, collate_fn=work)
-    with fid.atomic(path) as temporary, fid.Progress(len(sizes), "decoding") as progress:
-        flat, images = fid.create_array(temporary, (size,)), 0
-        for image in itertools.chain.from_iterable(loader):
-            if isinstance(image, str):
-                broken.append(image)
-            elif not broken:
-                flat[ends[images] : ends[images + 1]] = image.reshape(-1)
-            images += 1
-            progress.update(1)
-        flat.flush()
-        if broken:
-            text = "\n  ".join(broken)
-            raise fid.UserError(f"{len(broken)} images cannot be read:\n  {text}")
-        with fid.atomic(path.with_suffix(".sizes.npy")) as table, open(table, "wb") as file:
-            np.save(file, np.array(sizes))
-
-
-class Photos:
-    """Decoded photographs of any size from --img-size on, in one flat memory-mapped array."""
-
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self.names = names
-        self.sizes = fid.open_array(path.with_suffix(".sizes.npy"), (len(names), 2), np.int64)
-        self.ends = np.cumsum(self.sizes.prod(axis=1) * 3)
-        self.flat = fid.open_array(path, (int(self.ends[-1]),))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """One photograph, uint8 (H, W, 3)."""
-        height, width = self.sizes[index]
-        pixels = self.flat[self.ends[index] - height * width * 3 : self.ends[index]]
-        return pixels.reshape(height, width, 3)
-
-    def crop(self, index: int, side: int, top: float, left: float) -> np.ndarray:
-        """A square (3, side, side); top and left from 0 to below 1 say where, 0.5 is the centre."""
-        free = self.sizes[index] - side + 1
-        y, x = int(top * free[0]), int(left * free[1])
-        return self[index][y : y + side, x : x + side].transpose(2, 0, 1)
-
-    def centres(self, indices: Sequence[int], side: int) -> Tensor:
-        """Central squares uint8 (N, 3, side, side)."""
-        return torch.from_numpy(np.stack([self.crop(i, side, 0.5, 0.5) for i in indices]))
-
-
 def mask_files(args: Args) -> dict[str, Path]:
     """The files of --mask-dir by their names without suffix."""
     return {path.stem: path for path in fid.image_files(args.mask_dir)}
 
 
-def load_photos(args: Args, held_out: bool) -> Photos:
+def load_photos(args: Args, held_out: bool) -> fid.Photos:
     """The photographs to train on, or those held out; the first process decodes them, once."""
 
     def prepare_cache() -> tuple[str, list[str]]:
@@ -860,7 +761,10 @@ def load_photos(args: Args, held_out: bool) -> Photos:
         if not path.exists():
             with fid.lock(path.with_name(f".{path.name}.lock"), f"{path.stem}*", wait=True):
                 if not path.exists():  # no other run made it meanwhile
-                    cache_photos(source, indices, path, args, small=args.resize or not held_out)
+                    small = args.resize or not held_out
+                    fid.cache_photos(
+                        source, indices, path, args.img_size, args.resize, small, args.num_workers
+                    )
         names = [file.stem for file in getattr(source, "files", [])]
         return str(path), [names[i] if names else f"{i:05d}" for i in indices]
 
@@ -868,7 +772,7 @@ def load_photos(args: Args, held_out: bool) -> Photos:
     if held_out and args.eval_mask == "file" and (missing := set(names) - mask_files(args).keys()):
         has = f"{len(missing)} of {len(names)} images, such as {', '.join(sorted(missing)[:5])}"
         raise fid.UserError(f"{args.mask_dir} has no masks of the same name for {has}")
-    return Photos(Path(path), names)
+    return fid.Photos(Path(path), names)
 
 
 def read_photo(path: Path) -> Tensor:
@@ -939,7 +843,7 @@ def draw_hole(
 
 
 def endless_crops(
-    photos: Photos, args: Args, device: torch.device, index: int
+    photos: fid.Photos, args: Args, device: torch.device, index: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """This process's shares of the batches from `index` on: images in [-1, 1], masks, box corners.
 
@@ -1241,26 +1145,6 @@ def complete(G: nn.Module, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor
     return torch.where(mask > 0, raw, images), raw
 
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity (N,) of images (N, C, H, W) in [0, 1], mean over channels and places.
-
-    Wang et al. 2004: an 11x11 Gaussian window of sigma 1.5, wherever it fits; K = 0.01, 0.03.
-    """
-    line = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype, device=a.device) ** 2) / 4.5)
-    line = (line / line.sum()).expand(a.shape[1], 1, 1, -1)
-
-    def blur(x: Tensor) -> Tensor:
-        x = F.conv2d(x, line, groups=x.shape[1])
-        return F.conv2d(x, line.transpose(2, 3), groups=x.shape[1])
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
-    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
-    covariance = blur(a * b) - mean_a * mean_b
-    structure = (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
-    return (luminance * structure).mean(dim=(1, 2, 3))
-
-
 def quality(done: Tensor, raw: Tensor, real: Tensor, mask: Tensor) -> Tensor:
     """METRICS (N, 8) in float64 of uint8 images (N, 3, H, W); NaN in the hole where there is none.
 
@@ -1275,9 +1159,9 @@ def quality(done: Tensor, raw: Tensor, real: Tensor, mask: Tensor) -> Tensor:
         return (x * region).sum(dim=(1, 2, 3)) / (3 * region.sum(dim=(1, 2, 3)))
 
     hole, every = mask.double(), torch.ones_like(mask, dtype=torch.double)
-    scores = [psnr(done, every), ssim(done, real), mean((done - real).abs(), every)]
+    scores = [psnr(done, every), fid.ssim(done, real), mean((done - real).abs(), every)]
     scores += [psnr(done, hole), mean((done - real).abs(), hole)]
-    scores += [psnr(raw, every), ssim(raw, real), mean((raw - real).abs(), every)]
+    scores += [psnr(raw, every), fid.ssim(raw, real), mean((raw - real).abs(), every)]
     return torch.stack(scores, dim=1)
 
 
@@ -1286,7 +1170,7 @@ def spread(count: int, wanted: int) -> list[int]:
     return list(range(count))[:: max(1, count // wanted)][:wanted]
 
 
-def held_out_holes(args: Args, photos: Photos, indices: Sequence[int]) -> Tensor:
+def held_out_holes(args: Args, photos: fid.Photos, indices: Sequence[int]) -> Tensor:
     """The holes (N, 1, S, S) of held-out images: functions of --eval-seed and the index alone."""
     files, holes = mask_files(args) if args.eval_mask == "file" else {}, []
     for i in indices:
@@ -1296,7 +1180,7 @@ def held_out_holes(args: Args, photos: Photos, indices: Sequence[int]) -> Tensor
 
 
 def score_completions(
-    args: Args, G: nn.Module, photos: Photos, inception: nn.Module | None
+    args: Args, G: nn.Module, photos: fid.Photos, inception: nn.Module | None
 ) -> dict[str, float | None]:
     """Means of METRICS over `fid_num` held-out images, shared out over the processes; and FID.
 
@@ -1370,7 +1254,7 @@ def evaluate(args: Args) -> dict[str, float]:
 
 
 def held_out_strips(
-    args: Args, nets: Sequence[nn.Module], photos: Photos, count: int
+    args: Args, nets: Sequence[nn.Module], photos: fid.Photos, count: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Strips of held-out images (N, 3, S, K * S): input, each net's result, original; the results.
 

@@ -39,7 +39,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1165,6 +1165,26 @@ def sifid(trunk: Stem, real: Tensor, fakes: Iterable[Tensor], dims: int = 64) ->
     return {"mean": mean, "std": std, "values": values, "positions": reference.n}
 
 
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (N,) of images (N, C, H, W) in [0, 1], mean over channels and places.
+
+    Wang et al. 2004: an 11x11 Gaussian window of sigma 1.5, wherever it fits; K = 0.01, 0.03.
+    """
+    line = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype, device=a.device) ** 2) / 4.5)
+    line = (line / line.sum()).expand(a.shape[1], 1, 1, -1)
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, line, groups=x.shape[1])
+        return F.conv2d(x, line.transpose(2, 3), groups=x.shape[1])
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    covariance = blur(a * b) - mean_a * mean_b
+    structure = (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
+
+
 # --------------------------------------------------------------------------------------------------
 # 8. Folders
 # --------------------------------------------------------------------------------------------------
@@ -1333,6 +1353,110 @@ def _squares(
         image = image.resize(shape[:0:-1], Image.Resampling.BILINEAR)
         row[:] = np.asarray(image).reshape(*shape[1:], -1).transpose(2, 0, 1)
     return images, errors
+
+
+def _cached_size(size: tuple[int, int], side: int, fit: bool) -> tuple[int, int]:
+    """(height, width) in the cache of a photograph of size (width, height)."""
+    scale = side / min(size)
+    if fit or scale > 1:
+        size = [max(side, round(length * scale)) for length in size]
+    return size[1], size[0]
+
+
+def _decode_photos(
+    source: Dataset, side: int, fit: bool, indices: list[int]
+) -> list[np.ndarray | str]:
+    """Photographs as uint8 (H, W, 3) in their size of the cache, or why one cannot be read."""
+    found = []
+    for index in indices:
+        try:
+            image = source[index][0].convert("RGB")
+            height, width = _cached_size(image.size, side, fit)
+            found += [np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))]
+        except Exception as error:  # decoders fail in many ways; all are listed together
+            name = getattr(source, "files", {index: f"image {index}"})[index]
+            found += [f"{name}: {error or type(error).__name__}"]
+    return found
+
+
+def cache_photos(
+    source: Dataset, indices: list[int], path: Path, side: int, fit: bool, small: bool,
+    num_workers: int,
+) -> None:  # fmt: skip
+    """Decode photographs once, into one flat uint8 array and a table of their sizes beside it.
+
+    With `fit` their shorter sides become `side` pixels, else only those of smaller ones.
+
+    The array appears complete or not at all, after the table. Raises: UserError for too little free
+    disk, images smaller than `side` unless `small` ones are welcome, and all unreadable ones.
+    """
+    sizes, least = [], 0
+    for index in indices:
+        try:  # the header only
+            with Image.open(source.files[index]) as image:
+                size = image.size
+        except AttributeError:  # no files: shapes
+            size = source[index][0].size
+        except Exception:  # decoding will say what is wrong with it, and with all others
+            size = side, side
+        least += min(size) < side
+        sizes.append(_cached_size(size, side, fit))
+    if least and not small:
+        must = f"fit into each held-out image without --resize ({least} are smaller)"
+        raise UserError(f"--img-size must {must}, got {side}")
+    if least:
+        warn(f"{least} of {len(sizes)} images are smaller than --img-size {side}: enlarged")
+    ends = np.cumsum([0, *(height * width * 3 for height, width in sizes)])
+    free, size = shutil.disk_usage(path.parent).free, int(ends[-1])
+    if size > free:
+        has = f"{path.parent} has {free / 1e9:.2f} GB left"
+        raise UserError(f"{has}, the decoded images need {size / 1e9:.2f} GB")
+    say(f"decoding {len(sizes)} images into {path} ({size / 1e6:.0f} MB), once")
+    work, broken = functools.partial(_decode_photos, source, side, fit), []
+    workers = min(num_workers, os.cpu_count() or 1)
+    loader = DataLoader(indices, 16, num_workers=workers, collate_fn=work)
+    with atomic(path) as temporary, Progress(len(sizes), "decoding") as progress:
+        flat, images = create_array(temporary, (size,)), 0
+        for image in itertools.chain.from_iterable(loader):
+            if isinstance(image, str):
+                broken.append(image)
+            elif not broken:
+                flat[ends[images] : ends[images + 1]] = image.reshape(-1)
+            images += 1
+            progress.update(1)
+        flat.flush()
+        _stop_at_broken(broken)
+        with atomic(path.with_suffix(".sizes.npy")) as table, open(table, "wb") as file:
+            np.save(file, np.array(sizes))
+
+
+class Photos:
+    """Decoded photographs of any sizes, in one flat memory-mapped array."""
+
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.names = names
+        self.sizes = open_array(path.with_suffix(".sizes.npy"), (len(names), 2), np.int64)
+        self.ends = np.cumsum(self.sizes.prod(axis=1) * 3)
+        self.flat = open_array(path, (int(self.ends[-1]),))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """One photograph, uint8 (H, W, 3)."""
+        height, width = self.sizes[index]
+        pixels = self.flat[self.ends[index] - height * width * 3 : self.ends[index]]
+        return pixels.reshape(height, width, 3)
+
+    def crop(self, index: int, side: int, top: float, left: float) -> np.ndarray:
+        """A square (3, side, side); top and left from 0 to below 1 say where, 0.5 is the centre."""
+        free = self.sizes[index] - side + 1
+        y, x = int(top * free[0]), int(left * free[1])
+        return self[index][y : y + side, x : x + side].transpose(2, 0, 1)
+
+    def centres(self, indices: Sequence[int], side: int) -> Tensor:
+        """Central squares uint8 (N, 3, side, side)."""
+        return torch.from_numpy(np.stack([self.crop(i, side, 0.5, 0.5) for i in indices]))
 
 
 def folder_moments(

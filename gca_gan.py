@@ -1752,7 +1752,8 @@ def train_consingan(args: Args) -> dict[str, float]:
             fid.write_grid(name.with_suffix(".png"), grid, math.isqrt(len(grid)))
             with torch.no_grad():
                 rec = to_pixels(G(fixed))
-            fid.write_grid(name.with_name(f"{name.name}-rec.png"), torch.cat([rec, to_pixels(real)]), 2)
+            pair = torch.cat([rec, to_pixels(real)])
+            fid.write_grid(name.with_name(f"{name.name}-rec.png"), pair, 2)
         if run.due(args.eval_every):
             metrics = photo_score(args, trunk, G)
             run.log(metrics)

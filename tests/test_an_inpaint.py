@@ -754,7 +754,7 @@ def test_ssim_and_psnr_are_scikit_images(k, ssim, psnr, uniform):
     # Recorded from scikit-image 0.26.0 with gaussian_weights=True, sigma=1.5,
     # use_sample_covariance=False, data_range=1; `uniform` is its default window.
     a, b = image_pair(k)
-    found = an_inpaint.ssim(a.double() / 255, b.double() / 255).item()
+    found = fid.ssim(a.double() / 255, b.double() / 255).item()
     assert found == pytest.approx(ssim, abs=1e-9) and found != pytest.approx(uniform, abs=1e-3)
     values = an_inpaint.quality(b, b, a, torch.ones(1, 1, 24, 20))[0]
     assert values[:2].tolist() == pytest.approx([psnr, ssim], abs=1e-9)

@@ -41,7 +41,6 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import fid  # noqa: E402
 
 USUAL = [("giu_gan", ""), ("sagan_dogs", ""), ("an_gan", "--img-size 32")]
 ALL = [
