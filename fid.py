@@ -1220,18 +1220,52 @@ def _leads_back(path: Path, top: Path) -> bool:
     return any(target in (p, *p.parents) for p in map(Path.resolve, above))
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image, of 16 bits scaled to 8: Pillow would cut."""
+    if image.mode == "F":
+        raise ValueError("the range of floating-point pixels is unknown")
+    if image.mode.startswith("I"):
+        grey = np.rint(np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255))
+        return Image.fromarray(grey.astype(np.uint8))
+    return image
+
+
 def open_image(path: str | Path) -> Image.Image:
     """An image file as an RGB image: grey and palette become RGB, alpha is dropped.
 
     Pillow raises OSError, SyntaxError, ValueError and others for what it cannot decode.
     """
     with Image.open(path) as image:
-        if image.mode == "F":
-            raise ValueError("the range of floating-point pixels is unknown")
-        if image.mode.startswith("I"):  # 16 bits: Pillow would cut, not scale, to 8
-            grey = np.rint(np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255))
-            image = Image.fromarray(grey.astype(np.uint8))
-        return image.convert("RGB")
+        return _eight_bits(image).convert("RGB")
+
+
+def open_photo(path: str | Path) -> Image.Image:
+    """A photograph as upright RGB of 8 bits; a warning says what was converted.
+
+    Transparent parts become white, of an animation the first frame is taken. UserError for a
+    file that is missing or unreadable.
+    """
+    try:
+        with Image.open(path) as source:
+            frames = getattr(source, "n_frames", 1)
+            image = ImageOps.exif_transpose(source)
+        mode = image.mode
+        alpha = "A" in image.getbands() or "transparency" in image.info
+        image = _eight_bits(image)
+        if alpha:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except Exception as error:  # decoders fail in many ways
+        raise UserError(f"{path} cannot be read: {error}") from error
+    for found, what in (
+        (frames > 1, f"the first of {frames} frames is taken"),
+        (alpha, "transparent parts become white"),
+        (not alpha and mode != "RGB", f"its pixels (Pillow's mode {mode}) become RGB of 8 bits"),
+    ):
+        if found:
+            warn(f"{path}: {what}")
+    return image
 
 
 def read_image(path: str | Path) -> Tensor:

@@ -30,7 +30,8 @@ Differences from the paper
  6. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
  7. A is binarised only by `--gca-binarize`: the paper says that it may help some models.
  8. FID follows the standard protocol of fid.py, at the last step, never at the best one.
-ConSinGAN
+
+Differences in ConSinGAN
  9. "Only works in the first stage" is read as: GCA follows the first stage's convolutions, stays in
     the path of the later stages, learns as long as they do; `--gca-first-only` freezes it then.
 10. The base is ConSinGAN's released code (stages, rates, penalty per pixel) without its flaws: one
@@ -73,7 +74,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import tyro
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -202,7 +203,7 @@ class Args:
     """mode figures: run folders to set side by side; none: the one run of these flags"""
     # Paper: ConSinGAN
     image: str = ""
-    """photograph, of any size; where --mask goes with it, or a folder of them"""
+    """photograph of any size; for an_inpaint.py also a folder of them"""
     stages: int = 6
     """sizes at which the photograph is learnt, one after the other"""
     niter: int = 2_000
@@ -917,39 +918,6 @@ def endless_batches(
             yield real.float().div_(127.5).sub_(1), y
 
 
-def open_photo(path: str) -> Image.Image:
-    """The photograph as upright RGB of 8 bits; a warning says what was converted.
-
-    Transparent parts become white, of an animation the first frame is taken. fid.UserError for a
-    file that is missing or unreadable.
-    """
-    try:
-        with Image.open(path) as source:
-            frames = getattr(source, "n_frames", 1)
-            image = ImageOps.exif_transpose(source)
-        mode = image.mode
-        alpha = "A" in image.getbands() or "transparency" in image.info
-        if mode == "F":
-            raise ValueError("the range of floating-point pixels is unknown")
-        if mode.startswith("I"):  # 16 bits: Pillow would cut, not scale, to 8
-            grey = np.rint(np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255))
-            image = Image.fromarray(grey.astype(np.uint8))
-        if alpha:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    except Exception as error:  # decoders fail in many ways
-        raise fid.UserError(f"--image {path} cannot be read: {error}") from error
-    for found, what in (
-        (frames > 1, f"the first of {frames} frames is taken"),
-        (alpha, "transparent parts become white"),
-        (not alpha and mode != "RGB", f"its pixels (Pillow's mode {mode}) become RGB of 8 bits"),
-    ):
-        if found:
-            fid.warn(f"--image {path}: {what}")
-    return image
-
-
 def pyramid_shapes(args: Args, height: int, width: int) -> list[tuple[int, int]]:
     """Sizes (H, W) of the stages of a photograph of height x width pixels, the smallest first.
 
@@ -982,7 +950,7 @@ def load_pyramid(args: Args) -> list[Tensor]:
 
     fid.UserError for a photograph that is unreadable, too small, or too large for the block.
     """
-    photo = open_photo(args.image)
+    photo = fid.open_photo(args.image)
     sizes = pyramid_shapes(args, photo.height, photo.width)
     nodes = sizes[0][0] * sizes[0][1]
     if args.block == "gca" and args.gca_variant in ("nodes", "gram"):

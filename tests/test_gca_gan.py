@@ -963,7 +963,7 @@ def test_photographs_of_every_kind_become_upright_rgb(tmp_path, capsys):
         ("turned.jpg", turned, {"exif": exif}, None),
     ):
         image.save(tmp_path / name, **options)
-        photo = gca_gan.open_photo(str(tmp_path / name))
+        photo = fid.open_photo(tmp_path / name)
         err = capsys.readouterr().err
         assert photo.mode == "RGB" and photo.size == ((40, 60) if "turned" in name else (60, 40))
         assert words in err and name in err if words else not err, name
