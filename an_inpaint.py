@@ -61,7 +61,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -159,7 +159,7 @@ class Args:
     """checkpoints of other models whose results stand in the strips of mode figures too"""
     # Mode inpaint
     image: str = ""
-    """photograph of any size; for an_inpaint.py also a folder of them"""
+    """photograph, of any size; where --mask goes with it, or a folder of them"""
     mask: str = ""
     """its mask, white = missing, of the same size, or a folder of masks of the same names"""
     output: str = ""
@@ -777,7 +777,11 @@ def load_photos(args: Args, held_out: bool) -> fid.Photos:
 
 def read_photo(path: Path) -> Tensor:
     """A photograph as uint8 (3, H, W), upright."""
-    return torch.from_numpy(np.array(fid.open_photo(path))).permute(2, 0, 1)
+    try:
+        image = ImageOps.exif_transpose(fid.open_image(path))
+    except Exception as error:  # decoders fail in many ways
+        raise fid.UserError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_mask(path: Path, size: tuple[int, int], invert: bool) -> Tensor:
