@@ -159,7 +159,7 @@ class Args:
     """checkpoints of other models whose results stand in the strips of mode figures too"""
     # Mode inpaint
     image: str = ""
-    """photograph, of any size; where --mask goes with it, or a folder of them"""
+    """photograph of any size; for an_inpaint.py also a folder of them"""
     mask: str = ""
     """its mask, white = missing, of the same size, or a folder of masks of the same names"""
     output: str = ""
