@@ -1,6 +1,8 @@
 """What fid.py costs beside its peers, in one run: python tests/benchmarks/bench_fid.py
 
-1. Images/s of the features against pytorch-fid's network on equal random weights, alternating.
+1. Images/s of the features against the networks of pytorch-fid and, where it is installed
+   (`pip install torch-fidelity`), of torch-fidelity, on equal random weights, alternating. The
+   latter resizes as TensorFlow does, so only its time compares.
 2. Fréchet distance of 2048 features against the formula with scipy.linalg.sqrtm.
 3. Peak memory of scoring 50,000 images, beyond that of the loaded network, the network replaced by
    a stand-in that costs nothing (its own activations depend on the batch, not on the images).
@@ -9,6 +11,7 @@
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,20 +45,36 @@ def features(batch=32, rounds=7):
     theirs = pytorch_fid.inception.InceptionV3().eval().to(device)
     ours = fid.load_inception("random", device)
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8, device=device)
-    times = {"fid.py": [], "pytorch-fid": []}
+    peers = {
+        "fid.py": lambda: ours(images)[0],
+        "pytorch-fid": lambda: theirs(images.float() / 255)[0].flatten(1),
+    }
+    if third := fidelity(state, device):
+        peers["torch-fidelity"] = lambda: third(images)[0]
+    times, found = {name: [] for name in peers}, {}
     with torch.no_grad():
         for turn in range(rounds + 1):
-            spent, ours_found = seconds(lambda: ours(images)[0])
-            spent_there, found = seconds(lambda: theirs(images.float() / 255)[0].flatten(1))
-            if turn:  # the first one warms up
-                times["fid.py"].append(spent)
-                times["pytorch-fid"].append(spent_there)
-    difference = ((ours_found - found).norm() / found.norm()).item()
-    a, b = (batch / statistics.median(spent) for spent in times.values())
-    print(
-        f"features ({device}, {torch.get_num_threads()} threads, batch {batch}): fid.py {a:.1f} "
-        f"images/s, pytorch-fid {b:.1f} images/s, ratio {a / b:.2f}, difference {difference:.1e}"
-    )
+            for name, work in peers.items():
+                spent, found[name] = seconds(work)
+                times[name] += [spent] * (turn > 0)  # the first one warms up
+    a, b = found["fid.py"], found["pytorch-fid"]
+    print(f"features ({device}, {torch.get_num_threads()} threads, batch {batch})")
+    rates = {name: batch / statistics.median(spent) for name, spent in times.items()}
+    for name, rate in rates.items():
+        print(f"  {name}: {rate:.1f} images/s, fid.py's {rates['fid.py'] / rate:.2f} times that")
+    print(f"  difference from pytorch-fid's {((a - b).norm() / b.norm()).item():.1e}")
+
+
+def fidelity(state, device):
+    """torch-fidelity's network with these weights, None where it is not installed."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/weights.pth"
+        torch.save(state, path)
+        return FeatureExtractorInceptionV3("random", ["2048"], path).to(device)
 
 
 def distance(n=5000, rounds=3):
