@@ -1006,7 +1006,8 @@ class Run:
 
     def update(self, loss: Tensor, net: str) -> Tensor:
         """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
-        opt, parameters = self.parts[f"{net.lower()}_opt"], list(self.parts[net].parameters())
+        opt = self.parts[f"{net.lower()}_opt"]
+        parameters = [p for p in self.parts[net].parameters() if p.requires_grad]
         opt.zero_grad(set_to_none=True)
         # Not autograd.grad: its gradients may lie in memory in another order than the parameters,
         # and fused optimisers read raw memory. backward() keeps the parameters' order.

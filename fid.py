@@ -1250,7 +1250,7 @@ def open_photo(path: str | Path) -> Image.Image:
             frames = getattr(source, "n_frames", 1)
             image = ImageOps.exif_transpose(source)
         mode = image.mode
-        alpha = "A" in image.getbands() or "transparency" in image.info
+        alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
         image = _eight_bits(image)
         if alpha:
             image = image.convert("RGBA")

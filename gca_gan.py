@@ -264,7 +264,7 @@ FIELDS = list(Args.__dataclass_fields__)
 PHOTO = FIELDS[FIELDS.index("image") :]  # flags of consingan alone
 NO_PHOTO = (  # flags that it does not read
     "data_dir", "download", "img_size", "crop", "hflip", "num_workers", "z_dim", "fid_real",
-    "fid_batch_size", "block_in", "squash", "heatmap_net",
+    "fid_batch_size", "block_in", "squash", "heatmap_net", "cuda_graphs",
 )  # fmt: skip
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
@@ -351,7 +351,8 @@ def check_args(args: Args) -> None:
 
 def check_photo(args: Args) -> None:
     """Refuse what ConSinGAN cannot run, before it reads the photograph (fid.UserError)."""
-    source = args.image or (args.mode != "train" and (args.checkpoint or args.runs))
+    kept = args.checkpoint or args.runs or checkpoint_path(args).exists()
+    source = args.image or (args.mode != "train" and not args.dry_run and kept)
     require(bool(source), "image", "name a photograph with --model consingan", "nothing")
     fixed = {"loss": "wgan-gp", "batch_size": 1, "amp": "off"}  # fp32: derivatives of derivatives
     for flag, value in fixed.items():
@@ -606,7 +607,7 @@ class Discriminator(nn.Module):
 
 def conv_layer(inputs: int, outputs: int, norm: bool = False) -> nn.Sequential:
     """A 3x3 convolution without padding, batch norm where asked for, LeakyReLU 0.05."""
-    norms = [nn.BatchNorm2d(outputs)] if norm else []
+    norms = [nn.BatchNorm2d(outputs, track_running_stats=False)] if norm else []
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3), *norms, nn.LeakyReLU(0.05))
 
 
@@ -731,16 +732,20 @@ class PatchDiscriminator(nn.Module):
     the block, on maps of photographs of `size`.
     """
 
-    def __init__(self, args: Args, size: tuple[int, int] | None) -> None:
+    def __init__(self, args: Args) -> None:
         super().__init__()
         channels, layers, self.place = args.d_ch, range(args.num_layer), args.gca_place
         self.head = conv_layer(3, channels)
         self.body = nn.Sequential(*(conv_layer(channels, channels) for _ in layers))
         self.tail = nn.Conv2d(channels, 1, 3)
         start_weights(args, self)
+        self.block = nn.Identity()
+
+    def add_block(self, args: Args, size: tuple[int, int]) -> None:
+        """Give it the block, for photographs of `size`."""
         cut = 2 if self.place == "head" else 2 + 2 * args.num_layer
-        inside = tuple(side - cut for side in size or ())
-        self.block = stage_block(args, channels, inside) if size else nn.Identity()
+        inside = size[0] - cut, size[1] - cut
+        self.block = stage_block(args, args.d_ch, inside)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.head(x)
@@ -958,6 +963,8 @@ def load_pyramid(args: Args) -> list[Tensor]:
         require(nodes <= 4096, "gca_variant", must, args.gca_variant)
         if nodes > 1600:
             fid.warn(f"Theta has {nodes}x{nodes} weights; --gca-variant bottleneck or gcn has few")
+    must = f"be none where stage 0 has {nodes} pixels: A of more than 16384 squared takes over 1 GB"
+    require(args.block == "none" or nodes <= 16_384, "block", must, args.block)
     full, pyramid = photo.resize(sizes[-1][::-1], Image.BICUBIC), []
     for height, width in sizes:
         level = torch.from_numpy(np.array(full.resize((width, height), Image.BICUBIC)))
@@ -1094,7 +1101,8 @@ class Run:
 
     def update(self, loss: Tensor, net: str) -> Tensor:
         """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
-        opt, parameters = self.parts[f"{net.lower()}_opt"], list(self.parts[net].parameters())
+        opt = self.parts[f"{net.lower()}_opt"]
+        parameters = [p for p in self.parts[net].parameters() if p.requires_grad]
         opt.zero_grad(set_to_none=True)
         # Not autograd.grad: its gradients may lie in memory in another order than the parameters,
         # and fused optimisers read raw memory. backward() keeps the parameters' order.
@@ -1417,11 +1425,11 @@ def figures(args: Args) -> None:
 def pyramid_nets(args: Args, pyramid: list[Tensor], stage: int) -> tuple[nn.Module, nn.Module]:
     """G and D as they are in a stage, with the weights of the start.
 
-    D comes first and G's block last: a run with a block starts from the weights of one without.
+    The blocks come last: a run with a block starts from the weights of one without.
     """
-    in_d = args.gca_in_d and stage == 0
-    D = PatchDiscriminator(args, tuple(pyramid[0].shape[2:]) if in_d else None)
-    G = PyramidGenerator(args, pyramid)
+    D, G = PatchDiscriminator(args), PyramidGenerator(args, pyramid)
+    if args.gca_in_d and stage == 0:
+        D.add_block(args, tuple(pyramid[0].shape[2:]))
     for _ in range(stage):
         G.grow()
     return G, D
@@ -1491,7 +1499,8 @@ def evaluate_photo(args: Args) -> dict[str, float]:
     trunk = fid.load_sifid_trunk(args.fid_weights, G.amps.device, args.sifid_dims)
     scores = photo_score(args, trunk, G)
     with fid.atomic(path.with_name("evaluate.json")) as temporary:
-        record = {"step": state["step"], **scores, **trunk.protocol}
+        about = {"step": state["step"], "sifid_dims": args.sifid_dims}
+        record = about | scores | trunk.protocol
         temporary.write_text(json.dumps(record, indent=2))
     return scores
 
@@ -1505,7 +1514,8 @@ def sample_photo(args: Args) -> None:
         value, least = getattr(args, flag), G.real0.shape[side]
         must = f"be 1 with --gca-variant {args.gca_variant}, which has one size: train with gcn"
         require(value == 1 or not fixed, flag, must, value)
-        require(value * least >= 1, flag, f"leave a pixel of stage 0's {least}", value)
+        few = 2 if args.block == "nl" and args.nl_variant == "pooled" else 1
+        require(value * least >= few, flag, f"leave {few} of stage 0's {least} pixels", value)
     write_images(path.parent, photo_samples(args, G, args.num_samples))
 
 
@@ -1527,7 +1537,7 @@ def figures_photo(args: Args) -> None:
     target.mkdir(exist_ok=True)
     real, pairs, strips, columns = to_pixels(photos[0][-1]), [], [], []
     fit = functools.partial(F.interpolate, size=real.shape[2:])
-    for path, (run, G, _) in zip(paths, opened):
+    for path, (run, G, state) in zip(paths, opened):
         samples = fit(photo_samples(run, G, n))
         pairs += [real, samples]
         for stage in range(ended):
@@ -1539,11 +1549,11 @@ def figures_photo(args: Args) -> None:
         columns += [samples, *(overlay(samples, heat) for heat in maps.values())]
         above = ", ".join(f"{key} {(h > 0.5).float().mean():.1%}" for key, h in maps.items())
         kept, score = path.with_name("evaluate.json"), "not evaluated"
-        if kept.exists():
-            found = json.loads(kept.read_text())
+        found = json.loads(kept.read_text()) if kept.exists() else {"step": None}
+        if found["step"] == state["step"]:
             label = f", {fid.RANDOM_LABEL}" if found["weights"] == "random" else ""
             score = f"{found['metric/sifid']:.4g} ± {found['metric/sifid_std']:.2g}{label}"
-            score += f", diversity {found['metric/diversity']:.3f}"
+            score += f", {found['sifid_dims']} features, diversity {found['metric/diversity']:.3f}"
         size = f"G of {cost(G, noise[0])} M parameters / M MACs"
         fid.say(f"{path.parent}: SIFID {score}; {size}; map above 0.5: {above}")
     fid.write_grid(target / "pairs.png", torch.cat(pairs), n + 1)
@@ -1623,20 +1633,6 @@ def train(args: Args) -> dict[str, float]:
     return metrics
 
 
-def stage_update(run: Run, loss: Tensor, net: str, steps: int = 1) -> Tensor:
-    """`steps` Adam steps of net "G" or "D" on one gradient of the loss; the gradient's norm.
-
-    Unlike Run.update it asks for gradients of the trained parameters only: others are frozen.
-    """
-    opt = run.parts[f"{net.lower()}_opt"]
-    parameters = [p for group in opt.param_groups for p in group["params"]]
-    opt.zero_grad(set_to_none=True)
-    loss.backward(inputs=parameters)
-    for _ in range(steps):
-        opt.step()
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
 def stage_optimizers(args: Args, G: nn.Module, D: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """New optimisers for the newest stage."""
     betas = args.beta1, args.beta2
@@ -1666,15 +1662,17 @@ def train_consingan(args: Args) -> dict[str, float]:
     if args.eval_every:
         trunk = fid.load_sifid_trunk(args.fid_weights, device, args.sifid_dims)
     photo = load_pyramid(args)
+    if trunk:  # refuses a photograph with too few positions, before training
+        fid.sifid(trunk, to_pixels(photo[-1])[0], to_pixels(photo[-1]), args.sifid_dims)
     resumed = args.resume and path.exists()
     pyramid, stage = saved_stage(load_checkpoint(path)) if resumed else (photo, 0)
+    must = f"be the photograph of {path}, at the same --max-size"
+    require(torch.equal(pyramid[-1], photo[-1]), "image", must, args.image)
     torch.manual_seed(args.seed)
     G, D = pyramid_nets(args, pyramid, stage)
     for net in (G, D):
         net.to(device, memory_format=torch.channels_last)
     run = Run(args, device, G=G, D=D, **stage_optimizers(args, G, D))
-    if not torch.equal(pyramid[-1], photo[-1]):
-        raise fid.UserError(f"{args.image} is not the photograph of {path}")
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
     last_fifth, stop, metrics = -(-args.niter * 4 // 5), False, {}
 
@@ -1698,11 +1696,13 @@ def train_consingan(args: Args) -> dict[str, float]:
             d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
             d_reg = pixel_penalty(D, real, fake.detach(), run.draw(torch.rand, 1, 1, 1, 1))
             d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
-            d_norm = stage_update(run, d_loss, "D")
+            d_norm = run.update(d_loss, "D")
 
         g_loss_adv, g_loss_rec = g_fake(D(fake)).mean(), F.mse_loss(rec, real)
         g_loss = g_loss_adv + args.lambda_rec * g_loss_rec
-        g_norm = stage_update(run, g_loss, "G", args.g_steps)
+        g_norm = run.update(g_loss, "G")
+        for _ in range(args.g_steps - 1):  # more, on the same gradient
+            run.parts["g_opt"].step()
 
         terms = {
             "loss/d": d_loss, "loss/g": g_loss, "loss/d_real": d_loss_real,
@@ -1722,7 +1722,7 @@ def train_consingan(args: Args) -> dict[str, float]:
                 rec = to_pixels(G(fixed))
             pair = torch.cat([rec, to_pixels(real)])
             fid.write_grid(name.with_name(f"{name.name}-rec.png"), pair, 2)
-        if run.due(args.eval_every):
+        if run.due(args.eval_every) and len(G.body) == args.stages:
             metrics = photo_score(args, trunk, G)
             run.log(metrics)
         if ended:

@@ -411,6 +411,10 @@ PHOTO_CASES = [  # flags after --model consingan, and what the message must say
     ("--mode sample", r"--image must name a photograph"),
     ("--mode evaluate --checkpoint x.pt", r"x\.pt is missing"),
     ("--mode figures --runs a b", r"a/checkpoint\.pt is missing"),
+    ("--dry-run --mode sample --checkpoint x.pt", r"--image must name a photograph"),
+    ("--image vast.png --stages 1 --block nl", r"--block must be none where stage 0 has 22500"),
+    ("--image large.png --max-size 40 --min-size 20 --eval-every 1 --sifid-dims 192 "
+     "--fid-weights random", r"40x40 has too few positions for 192 features"),
     ("--image nowhere.jpg", r"nowhere\.jpg cannot be read: .*No such file"),
     ("--image .", r"error: \. cannot be read: .*Is a directory"),
     ("--image text.png", r"text\.png cannot be read: cannot identify"),
@@ -447,7 +451,7 @@ PHOTO_CASES = [  # flags after --model consingan, and what the message must say
 @pytest.mark.parametrize(("flags", "words"), PHOTO_CASES)
 def test_mistakes_with_one_photograph(flags, words, call, tmp_path):
     Path("text.png").write_text("no image")
-    sides = {"flat": (1000, 60), "small": (40, 25), "large": (90, 90), "cut": (90, 90)}
+    sides = {"flat": (1000, 60), "small": (40, 25), "large": (90, 90), "vast": (150, 150), "cut": (90, 90)}
     for name, size in sides.items():
         if name in flags:
             Image.effect_noise(size, 50).convert("RGB").save(f"{name}.png")

@@ -1,5 +1,8 @@
 """gca_gan.py: the NL and GCA blocks against loops, Table 1's networks, losses, readers, figures."""
 
+import copy
+import dataclasses
+import functools
 import io
 import json
 import math
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import tyro
 from PIL import Image
@@ -820,7 +824,7 @@ def test_singan_spacing_is_geometric_and_has_fewer_small_stages():
 def test_consingan_parameters_and_receptive_field():
     args = photo_args()
     sizes = pyramid(args)
-    G, D = gca_gan.PyramidGenerator(args, sizes), gca_gan.PatchDiscriminator(args, None)
+    G, D = gca_gan.PyramidGenerator(args, sizes), gca_gan.PatchDiscriminator(args)
     counts = [parameters(G.head), parameters(G.body[0]), parameters(G.tail), parameters(D)]
     assert counts == [1_792, 110_784, 1_731, 113_153]
     for _ in range(5):
@@ -855,7 +859,8 @@ def test_every_stage_gives_images_of_its_size(block, place, more):
         assert image.shape == real.shape and image.abs().max() < 1
         other = G(G.noise(torch.randn))
         assert not torch.equal(other, image)
-    D = gca_gan.PatchDiscriminator(args, tuple(sizes[0].shape[2:]))
+    D = gca_gan.PatchDiscriminator(args)
+    D.add_block(args, tuple(sizes[0].shape[2:]))
     cut = 2 * args.num_layer + 4
     assert D(sizes[0]).shape[2:] == tuple(side - cut for side in sizes[0].shape[2:])
 
@@ -1011,6 +1016,124 @@ def test_size_limits_of_the_photograph_and_of_the_block(tmp_path, capsys):
             gca_gan.load_pyramid(args)
             err = capsys.readouterr().err
             assert words in err and bool(words) == bool(err)
+
+
+class Restated:
+    """ConSinGAN as the paper's base has it, one step after the other, nothing shared or batched.
+
+    Only the layers and the noise are the script's: the noise is the function of the seed and the
+    step that makes a resumed run equal.
+    """
+
+    def __init__(self, args, photo):
+        torch.manual_seed(args.seed)
+        self.args, self.photo, self.L = args, photo, args.num_layer
+        G, self.D = gca_gan.pyramid_nets(args, photo, 0)
+        self.head, self.tail, self.block, self.body = G.head, G.tail, G.block, [G.body[0]]
+        self.noise, self.step, self.z, self.amps = torch.Generator(), 0, [photo[0]], [1.0]
+
+    def up(self, y, more, size):
+        size = [side + more for side in size]
+        return F.interpolate(y, size, mode="bicubic", align_corners=True)
+
+    def G(self, noise):
+        y, L = self.head(F.pad(noise[0], [1] * 4)), self.L
+        y = self.block(y) if self.args.gca_place == "head" else y
+        y = self.body[0](F.pad(self.up(y, 2, y.shape[2:]), [L - 1] * 4))
+        y = self.block(y) if self.args.gca_place == "body" else y
+        for body, n, amp, real in zip(self.body[1:], noise[1:], self.amps[1:], self.photo[1:]):
+            size = real.shape[2:]
+            y = body(self.up(y, 2 * L, size) + amp * n) + self.up(y, 0, size)
+        return self.tail(F.pad(y, [1] * 4))
+
+    def draw(self):
+        made = []
+        for real in self.photo[: len(self.body)]:
+            h, w = real.shape[2:]
+            shape = (1, h + 2 * self.L, w + 2 * self.L, self.args.g_ch) if made else (1, h, w, 3)
+            made.append(torch.randn(shape, generator=self.noise).permute(0, 3, 1, 2))
+        return made
+
+    def stage(self, d):
+        a = self.args
+        self.noise.manual_seed(fid.mix("noise", a.seed, self.step))
+        if d:
+            self.body.append(copy.deepcopy(self.body[-1]))
+            self.z.append(self.draw()[d])
+            self.amps.append(0.0)
+            with torch.no_grad():
+                error = (self.G(self.z) - self.photo[d]).square().mean().sqrt().item()
+            self.amps[d], self.D.block = a.noise_amp * error, torch.nn.Identity()
+        ages = [(body, d - i) for i, body in enumerate(self.body) if d - i < a.train_depth]
+        ages += [(self.tail, 0), *[(self.head, d)] * (d < a.train_depth)]
+        ages += [(self.block, d)] * (d < (1 if a.gca_first_only else a.train_depth))
+        groups = [{"params": [*part.parameters()], "lr": a.g_lr * a.lr_scale**age}
+                  for part, age in ages]  # fmt: skip
+        groups = [group for group in groups if group["params"]]
+        trained = [p for group in groups for p in group["params"]]
+        g_opt = torch.optim.Adam(groups, betas=(a.beta1, a.beta2))
+        d_opt = torch.optim.Adam(self.D.parameters(), a.d_lr, (a.beta1, a.beta2))
+        for i in range(a.niter):
+            if i:
+                self.noise.manual_seed(fid.mix("noise", a.seed, self.step))
+            if i == math.ceil(0.8 * a.niter):
+                for group in g_opt.param_groups + d_opt.param_groups:
+                    group["lr"] *= 0.1
+            real, noise = self.photo[d], self.draw()
+            for _ in range(a.n_critic):
+                fake, eps = self.G(noise).detach(), torch.rand((), generator=self.noise)
+                mixed = (eps * real + (1 - eps) * fake).requires_grad_()
+                (grad,) = torch.autograd.grad(self.D(mixed).sum(), mixed, create_graph=True)
+                penalty = (grad.square().sum(1).sqrt() - 1).square().mean()
+                loss = self.D(fake).mean() - self.D(real).mean() + a.lambda_gp * penalty
+                d_opt.zero_grad()
+                loss.backward(inputs=[*self.D.parameters()])
+                d_opt.step()
+            error = (self.G(self.z) - real).square().mean()
+            loss = a.lambda_rec * error - self.D(self.G(noise)).mean()
+            g_opt.zero_grad()
+            loss.backward(inputs=trained)
+            for _ in range(a.g_steps):
+                g_opt.step()
+            self.step += 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--block", "none"),
+        ("--block", "gca", "--gca-k", "4", "--gca-in-d", "--beta1", "0.3", "--g-steps", "2"),
+        ("--block", "gca", "--gca-k", "4", "--gca-place", "head", "--gca-first-only", "--d-lr",
+         "1e-3", "--n-critic", "2", "--lambda-gp", "1"),
+    ],
+)  # fmt: skip
+def test_training_is_the_algorithm_restated(more, monkeypatch):
+    """Four stages of which two are trained, in float64, to the last weight and amplitude."""
+    noise_image().save("photo.png")
+    flags = (*FEW, "--stages", "4", "--niter", "6", "--train-depth", "2", "--num-samples", "1",
+             "--sample-every", "0", "--device", "cpu")  # fmt: skip
+    args, load = photo_args(*flags, *more), gca_gan.load_pyramid
+    monkeypatch.setattr(gca_gan, "load_pyramid", lambda args: [x.double() for x in load(args)])
+    torch.set_default_dtype(torch.float64)
+    try:
+        gca_gan.train_consingan(args)
+        plain = Restated(args, gca_gan.load_pyramid(args))
+        for d in range(4):
+            plain.stage(d)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    (path,) = Path("runs").glob("*/checkpoint.pt")
+    parts = torch.load(path, weights_only=True)["parts"]
+    near = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-5)  # Adam divides by small numbers
+    near(parts["G"]["amps"], torch.tensor(plain.amps, dtype=torch.float64))
+    for i, z in enumerate(plain.z):
+        near(parts["G"][f"z{i}"], z)
+    bodies = {f"body.{i}": body for i, body in enumerate(plain.body)}
+    for name, part in {"head": plain.head, "tail": plain.tail, "block": plain.block, **bodies}.items():
+        for key, value in part.state_dict().items():
+            near(parts["G"][f"{name}.{key}"], value)
+    for key, value in plain.D.state_dict().items():
+        near(parts["D"][key], value)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1181,6 +1304,11 @@ def test_modes_of_a_photograph(photo_run, call):
     assert len({image.numpy().tobytes() for image in fakes}) == 10
     diversity = fakes.double().numpy().std(0, ddof=1).mean() / real.double().numpy().std(ddof=1)
     assert scores["metric/diversity"] == pytest.approx(diversity, rel=1e-4)
+    others = gca_gan.photo_samples(dataclasses.replace(args, eval_seed=1), G, 1)
+    assert not torch.equal(others, fakes[:1])
+    flags = ("--mode", "evaluate", "--fid-weights", "random", "--sifid-dims", "192")
+    code, out, err = call("gca_gan", *use, *flags)
+    assert code == 2 and "40x60 has too few positions for 192 features" in err
     # more samples are the same ones and others
     torch.testing.assert_close(gca_gan.photo_samples(args, G, 3), fakes[:3])
     for flags, count, size in (
@@ -1195,7 +1323,11 @@ def test_modes_of_a_photograph(photo_run, call):
     runs = ("--runs", str(none), str(gca))
     code, out, err = call("gca_gan", "--model", "consingan", "--mode", "figures", *runs)
     assert code == 0, err
-    assert out.count("map above 0.5: o ") == 2 and "not evaluated" in out
+    assert out.count("map above 0.5: o ") == 2 and out.count("not evaluated") == 1
+    assert f"SIFID {scores['metric/sifid']:.4g}" in out and ", 64 features, " in out
+    (none / "evaluate.json").write_text(json.dumps({**scores, "step": 10}))
+    code, out, err = call("gca_gan", "--model", "consingan", "--mode", "figures", *runs)
+    assert code == 0 and out.count("not evaluated") == 2, err
     sizes = {"pairs": (5, 2), "stages": (4, 2), "heatmaps": (2 + 4, 4)}
     for name, (columns, rows) in sizes.items():
         image = Image.open(none / "figures" / f"{name}.png")
@@ -1203,8 +1335,11 @@ def test_modes_of_a_photograph(photo_run, call):
     cells = np.asarray(Image.open(none / "figures" / "stages.png"))
     photo = real[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(cells[2:42, -62:-2], photo)
-    first = cells[2:42, 2:62]  # 14x21 pixels, enlarged by repetition
-    assert len(np.unique(first.reshape(-1, 3), axis=0)) <= 14 * 21
+    for stage in range(3):  # enlarged by repetition
+        then, grown, _ = gca_gan.open_pyramid(photo_args(), none / f"stage{stage}.pt")
+        fake = F.interpolate(gca_gan.photo_samples(then, grown, 1), size=(40, 60))[0]
+        left = 2 + 62 * stage
+        np.testing.assert_array_equal(cells[2:42, left : left + 60], fake.permute(1, 2, 0))
 
 
 def test_photographs_and_models_are_not_mixed_up(photo_run, call):
@@ -1214,9 +1349,12 @@ def test_photographs_and_models_are_not_mixed_up(photo_run, call):
     assert code == 2 and "--model must be consingan for this checkpoint" in err
     noise_image(seed=5).save("photo.png")
     code, _, err = call("gca_gan", *LITTLE, "--resume")
-    assert code == 2 and "photo.png is not the photograph of runs/" in err
+    assert code == 2 and "--image must be the photograph of runs/" in err
+    assert not json.loads((none / "args.json").read_text())["args"]["resume"]  # untouched
+    noise_image().save("photo.png")
     code, _, err = call("gca_gan", *LITTLE, "--resume", "--stages", "4")
     assert code == 2 and "--stages was 3, is 4" in err
+    noise_image(seed=5).save("photo.png")
     assert call("gca_gan", *LITTLE, "--out-dir", "other")[0] == 0
     (other,) = Path("other").iterdir()
     runs = ("--runs", str(none), str(other))
