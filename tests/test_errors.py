@@ -451,7 +451,8 @@ PHOTO_CASES = [  # flags after --model consingan, and what the message must say
 @pytest.mark.parametrize(("flags", "words"), PHOTO_CASES)
 def test_mistakes_with_one_photograph(flags, words, call, tmp_path):
     Path("text.png").write_text("no image")
-    sides = {"flat": (1000, 60), "small": (40, 25), "large": (90, 90), "vast": (150, 150), "cut": (90, 90)}
+    sides = {"flat": (1000, 60), "small": (40, 25), "large": (90, 90), "vast": (150, 150)}
+    sides["cut"] = 90, 90
     for name, size in sides.items():
         if name in flags:
             Image.effect_noise(size, 50).convert("RGB").save(f"{name}.png")
