@@ -16,6 +16,9 @@ images as uint8, bilinear to 299x299 without antialias, 2x - 1, the 2048 feature
 average pool, covariance over N - 1, all sums in float64. Logits for the Inception Score are without
 bias. Every result says how many images it comes from and the SHA-256 of the weights.
 
+The training scripts take from here, besides, what has no part in any paper: messages, processes,
+locks and atomic files, caches of decoded images, drawn images, grids and curves, CUDA graphs.
+
 Papers: FID arXiv:1706.08500, Inception Score arXiv:1606.03498, SIFID arXiv:1905.01164.
 """
 
