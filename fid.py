@@ -437,7 +437,8 @@ def graphed(update: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str,
             return terms
         if number == 4:
             fixed.extend(value.clone() for value in inputs)
-            with torch.cuda.graph(graph):
+            # The thread that reads batches ahead may allocate memory meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run(*fixed)
         for place, value in zip(fixed, inputs):
             place.copy_(value)

@@ -368,7 +368,8 @@ class FakeGraphs:
                     graph.terms[key].detach().copy_(value.detach())
 
         @contextlib.contextmanager
-        def record(graph):
+        def record(graph, capture_error_mode):
+            assert capture_error_mode == "thread_local"  # batches are read ahead meanwhile
             parts = self.runs[-1].parts
             state, rng = copy.deepcopy({k: p.state_dict() for k, p in parts.items()}), None
             self.recording, self.graph, rng = True, graph, torch.get_rng_state()
