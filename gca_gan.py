@@ -728,8 +728,8 @@ class PyramidGenerator(nn.Module):
 class PatchDiscriminator(nn.Module):
     """ConSinGAN's critic: images (N, 3, H, W) -> a score of each patch (N, 1, H - 2k, W - 2k).
 
-    k = num_layer + 2 layers without padding: a patch is 2k + 1 pixels wide. Only stage 0 may have
-    the block, on maps of photographs of `size`.
+    k = num_layer + 2 layers without padding: a patch is 2k + 1 pixels wide. `add_block` is for
+    stage 0 only, whose size the block keeps.
     """
 
     def __init__(self, args: Args) -> None:

@@ -1,17 +1,12 @@
-"""What giu_gan.py's loop and its involution cost, each beside a peer in the same process.
+"""What giu_gan.py's involution costs: python tests/benchmarks/bench_giu_gan.py [--batch-size 64]
 
-    python tests/benchmarks/bench_giu_gan.py [--steps 40] [--batch-size 64]
-
-loop: steps/s of train() (data, noise, bookkeeping, logging) against the same updates on one fixed
-batch and fixed noise with nothing else. involution: shift-and-accumulate against unfold, forward
-and backward, and what either keeps for backward.
+Shift-and-accumulate against unfold in the same process, forward and backward, and what either keeps
+for backward. The training loop is bench_loops.py's.
 """
 
 import argparse
-import itertools
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -60,58 +55,8 @@ def involution(batch):
         )
 
 
-def steps_per_second(args, bare):
-    """Steps/s of one run of train(); bare: fixed batch and noise, no bookkeeping, no log."""
-    whole = {name: getattr(giu_gan.Run, name) for name in ("draw", "collect", "seed")}
-    endless, stamps = giu_gan.endless_batches, []
-
-    def collect(self, terms):
-        stamps.append(time.perf_counter())
-        if not bare:
-            return whole["collect"](self, terms)
-        self.step += 1
-        self.rows, self.keys = [torch.zeros(len(terms))], list(terms)
-        return False
-
-    giu_gan.Run.collect = collect
-    if bare:
-        kept = {}
-
-        def draw(self, sampler, *shape):
-            if shape not in kept:
-                kept[shape] = whole["draw"](self, sampler, *shape)
-            return kept[shape]
-
-        def batches(*a):
-            return itertools.repeat(next(endless(*a)))
-
-        giu_gan.Run.draw, giu_gan.endless_batches = draw, batches
-    try:
-        giu_gan.train(args)
-    finally:
-        giu_gan.endless_batches = endless
-        for name, function in whole.items():
-            setattr(giu_gan.Run, name, function)
-    return (len(stamps) - 1) / (stamps[-1] - stamps[0])
-
-
-def loop(steps, batch, folder):
-    rates = {False: [], True: []}
-    for i, bare in enumerate([False, True] * 3):
-        args = giu_gan.Args(
-            dataset="shapes", data_dir=f"{folder}/data", out_dir=f"{folder}/{i}", batch_size=batch,
-            total_steps=steps, eval_every=0, sample_every=0, save_every=10**9, log_every=10,
-        )  # fmt: skip
-        rates[bare].append(steps_per_second(args, bare))
-    full, alone = (statistics.median(rates[bare]) for bare in (False, True))
-    print(f"loop: {full:.3f} steps/s, bare updates {alone:.3f} steps/s: {full / alone:.1%}")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=64)
     options = parser.parse_args()
     involution(options.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        loop(options.steps, options.batch_size, folder)
