@@ -139,6 +139,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    compile: bool = False
+    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
     cuda_graphs: bool = False
     """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
@@ -846,11 +848,9 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "commit": found.stdout.strip() if found else "",
         }
-        with fid.atomic(self.folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
         kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        with fid.atomic(log) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
@@ -1025,10 +1025,11 @@ def settled(args: Args, G: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def generate_classes(G: nn.Module, z: Tensor, y: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) of noise z (N, z_dim) and classes y, by G in eval mode."""
-    device = next(G.parameters()).device
-    images = G(z.to(device), y.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise (N, z_dim), and of what else G takes, in eval mode."""
+    training, device = G.training, next(G.parameters()).device
+    images = G.eval()(*(x.to(device) for x in inputs)).mul(127.5).add(127.5).round().clamp(0, 255)
+    G.train(training)
     return images.to(torch.uint8)
 
 
@@ -1036,7 +1037,7 @@ def class_grid(args: Args, G: nn.Module) -> Tensor:
     """uint8 images (num_samples, C, H, W) of a `settled` generator, all classes in turn."""
     n, size = args.num_samples, args.fid_batch_size
     parts = zip(eval_noise(args, n).split(size), eval_classes(args, n).split(size))
-    return torch.cat([generate_classes(G, z, y).cpu() for z, y in parts])
+    return torch.cat([generate(G, z, y).cpu() for z, y in parts])
 
 
 def columns(args: Args) -> int:
@@ -1045,20 +1046,25 @@ def columns(args: Args) -> int:
     return args.num_classes if few and args.num_classes > 1 else math.isqrt(args.num_samples)
 
 
-def score_classes(
-    args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path
-) -> dict:
-    """FID and Inception Score of `fid_num` images of a `settled` G, all classes in turn."""
+def score(
+    args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
+) -> dict[str, float]:
+    """FID and Inception Score of G's images of `inputs` against the data's, (N, C, S, S) at path.
+
+    An input (fid_num, ...) each: the noise, and what else G takes.
+    """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
+    if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
+        for buffer in G.buffers():  # which the checkpoint holds
+            fid.collective(dist.broadcast, buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
-    z, y = eval_noise(args, args.fid_num), eval_classes(args, args.fid_num)
 
     def draw(first: int, count: int) -> Tensor:
-        return generate_classes(G, z[first : first + count], y[first : first + count])
+        return generate(G, *(x[first : first + count] for x in inputs))
 
-    scores = fid.score_generator(inception, draw, args.fid_num, args.fid_batch_size, real)
+    scores = fid.score_generator(inception, draw, len(inputs[0]), args.fid_batch_size, real)
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
     return {f"metric/{key}": value for key, value in scores.items()}
@@ -1078,7 +1084,7 @@ def score_each_class(
         moments = fid.Moments(device=inception.device)
         for first, count in fid.shares(args.intra_num, size):
             y = torch.full((count,), label)
-            moments.update(inception(generate_classes(G, z[first : first + count], y))[0])
+            moments.update(inception(generate(G, z[first : first + count], y))[0])
         moments.all_reduce()
         return moments
 
@@ -1105,10 +1111,10 @@ def an_module(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor]:
 
 @torch.no_grad()
 def diagnostics(args: Args, nets: dict[str, tuple]) -> dict[str, float]:
-    """State of the long-range modules of nets {where: (net, *inputs)}: their gains, and of AN
+    """State of the long-range modules of nets {where: (net, *inputs)}: their gains, for the log.
 
-    in eval mode also the mean t, the deviation of its output, the layout's entropy over ln n (1:
-    uniform, plain instance norm), and the entities with a share above 0.5 / n (1: one takes all).
+    Of AN in eval mode also the mean t, the deviation of its output, the layout's entropy over ln n
+    (1: uniform, plain instance norm), and the entities with a share above 0.5 / n (1: one has all).
     """
     values = {}
     for where, (net, *inputs) in nets.items():
@@ -1151,24 +1157,21 @@ def evaluate(args: Args) -> dict[str, float]:
     inception = fid.load_inception(args.fid_weights, device)
     images, labels, path = load_labelled(args)
     G = settled(args, G)
-    scores = score_classes(args, inception, G, images, path)
+    z, y = eval_noise(args, args.fid_num), eval_classes(args, args.fid_num)
+    scores = score(args, inception, G, images, path, z, y)
     if args.intra_num:
         scores |= score_each_class(args, inception, G, images, labels)
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
+    record = {**scores, **inception.protocol}
+    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
     return scores
 
 
 def sample(args: Args) -> None:
     """Mode sample: PNGs of a checkpoint's generator in a folder for each class, and a grid."""
     args, _, G, _, folder = open_checkpoint(args)
-    images, target = class_grid(args, settled(args, G)), folder / "generated"
-    for i, (image, y) in enumerate(zip(images, eval_classes(args, len(images)).tolist())):
-        (target / f"{y:04d}").mkdir(parents=True, exist_ok=True)
-        fid.write_grid(target / f"{y:04d}" / f"{i:05d}.png", image[None], 1)
-    fid.write_grid(folder / "generated.png", images, columns(args))
-    fid.say(f"{len(images)} images in {target}, a grid in {folder / 'generated.png'}")
+    classes = eval_classes(args, args.num_samples).tolist()
+    names = [f"{y:04d}/{i:05d}" for i, y in enumerate(classes)]
+    fid.write_images(folder, class_grid(args, settled(args, G)), columns(args), names=names)
 
 
 def grey(maps: Tensor, size: int) -> Tensor:
@@ -1212,7 +1215,7 @@ def interpolation(args: Args, G: nn.Module, path: list[int], count: int = 8) -> 
     for a, b in itertools.pairwise(path):
         ends = F.one_hot(torch.tensor([a, b]), args.num_classes).float()
         y = torch.lerp(ends[:1], ends[1:], torch.linspace(0, 1, count)[:, None])
-        rows.append(generate_classes(G, z, y).cpu())
+        rows.append(generate(G, z, y).cpu())
         if args.model == "an":
             device = next(G.parameters()).device
             an, x = an_module(G, z.to(device), y.to(device))
@@ -1236,7 +1239,7 @@ def figures(args: Args) -> None:
     path = [156, 14, 780] if paper and not args.figure_classes else few
     z = eval_noise(args, 8).repeat(len(classes), 1)
     y = torch.tensor(classes).repeat_interleave(8)
-    images = generate_classes(G, z, y).cpu()
+    images = generate(G, z, y).cpu()
     fid.write_grid(target / "classes.png", images, 8)
     if len(path) > 1:
         fid.write_grid(target / "interpolation.png", interpolation(args, G, path), 8)
@@ -1249,8 +1252,7 @@ def figures(args: Args) -> None:
             cells += [images[i, None], hard[i, None], grey(s[i].cpu(), size)]
         fid.write_grid(target / "layouts.png", torch.cat(cells), 2 + args.entities)
         rows = [{"class": k, **row} for k, row in zip(y.tolist(), region_statistics(x, s))]
-        with fid.atomic(target / "regions.json") as temporary:
-            temporary.write_text(json.dumps(rows, indent=1))
+        fid.write_text(target / "regions.json", json.dumps(rows, indent=1))
     keys = ["loss/d", "loss/g", "logit/real", "logit/fake", "metric/fid"]
     keys += ["train/rho_g", "train/layout_entropy_g"] if args.model == "an" else []
     fid.plot(target / "curves.png", folder / "log.jsonl", keys)
@@ -1278,13 +1280,19 @@ def train(args: Args) -> dict[str, float]:
     d_real, d_fake, g_fake = HINGE
     n, stop, metrics = args.batch_size, False, {}
 
+    def d_logits(real: Tensor, y: Tensor, fake: Tensor, fake_y: Tensor) -> tuple[Tensor, ...]:
+        # One by one: with --region-stats bn a joint batch would mix their statistics.
+        return *D(real, y), D(fake, fake_y)[0]
+
+    forward_G, forward_D, d_logits = (
+        torch.compile(part) if args.compile else part for part in (G, D, d_logits)
+    )
+
     def d_update(real: Tensor, y: Tensor, z: Tensor, fake_y: Tensor) -> dict[str, Tensor]:
         with run.autocast():
             with torch.no_grad():
-                fake = G(z, fake_y).float()
-            # One by one: with --region-stats bn a joint batch would mix their statistics.
-            real_logits, real_classes = D(real, y)
-            fake_logits, _ = D(fake, fake_y)
+                fake = forward_G(z, fake_y).float()
+            real_logits, real_classes, fake_logits = d_logits(real, y, fake, fake_y)
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
         d_loss_class, d_reg = class_loss(real_classes, y), orthogonality(D)
         d_loss = d_loss_real + d_loss_fake + d_loss_class + args.lambda_ortho * d_reg
@@ -1297,7 +1305,7 @@ def train(args: Args) -> dict[str, float]:
 
     def g_update(z: Tensor, fake_y: Tensor) -> dict[str, Tensor]:
         with run.autocast():
-            logits, classes = D(G(z, fake_y), fake_y)
+            logits, classes = forward_D(forward_G(z, fake_y), fake_y)
         g_loss_adv, g_loss_class = g_fake(logits).mean(), class_loss(classes, fake_y)
         g_reg = orthogonality(G)
         g_loss = g_loss_adv + g_loss_class + args.lambda_ortho * g_reg
@@ -1326,7 +1334,8 @@ def train(args: Args) -> dict[str, float]:
             grid = class_grid(args, settled(args, G))
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, columns(args))
         if run.due(args.eval_every):
-            metrics = score_classes(args, inception, settled(args, G), images, path)
+            z, some = eval_noise(args, args.fid_num), eval_classes(args, args.fid_num)
+            metrics = score(args, inception, settled(args, G), images, path, z, some)
             run.log(metrics)
             if metrics["metric/fid"] < run.best_fid:
                 run.best_fid = metrics["metric/fid"]
@@ -1347,7 +1356,7 @@ def main() -> None:
     """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
     args = tyro.cli(Args, description=__doc__)
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
-    try:
+    with fid.exit_codes():
         check_args(args)
         if args.dry_run:
             nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1355,14 +1364,6 @@ def main() -> None:
             print(json.dumps({"args": asdict(args), "params": params}))
         else:
             modes[args.mode](args)
-    except (fid.UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -131,6 +131,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    compile: bool = False
+    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
     # Intervals, in steps; the last step counts as each of them
     log_every: int = 100
     """steps between lines of the log"""
@@ -371,8 +373,10 @@ class ContextualAttention(nn.Module):
         return s
 
     def attention(self, x: Tensor, mask: Tensor) -> Tensor:
-        """a (N, P, P): row p weighs the patches. Masked ones score 0, not minus infinity, and then
-        count for nothing: a row sums to at most 1."""
+        """a (N, P, P): row p weighs the patches, and sums to at most 1.
+
+        Masked ones score 0, not minus infinity, and then count for nothing.
+        """
         touched = F.unfold(mask[..., ::2, ::2].to(x.dtype), 3, padding=1).amax(dim=1, keepdim=True)
         known = (touched == 0).to(x.dtype)
         logits = self.scale * self.similarity(x) * known
@@ -977,11 +981,9 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "commit": found.stdout.strip() if found else "",
         }
-        with fid.atomic(self.folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
         kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        with fid.atomic(log) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
@@ -1247,10 +1249,8 @@ def evaluate(args: Args) -> dict[str, float]:
     fid.say(DEFINITION)
     about = {"n": n, "eval_mask": args.eval_mask, "img_size": args.img_size, "box": args.box}
     record = {**scores, **about, "definition": DEFINITION}
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "evaluate.json") as temporary:
-            protocol = inception.protocol if inception else {}
-            temporary.write_text(json.dumps({**record, **protocol}, indent=2))
+    record |= inception.protocol if inception else {}
+    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
     return scores
 
 
@@ -1276,11 +1276,7 @@ def sample(args: Args) -> None:
     args, _, G, _, folder = open_checkpoint(args)
     photos = load_photos(args, held_out=True)
     strips, (images,) = held_out_strips(args, [G], photos, args.num_samples)
-    (folder / "generated").mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    fid.write_grid(folder / "generated.png", strips, math.isqrt(len(strips)))
-    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
+    fid.write_images(folder, images, math.isqrt(len(strips)), strips)
 
 
 @torch.no_grad()
@@ -1416,6 +1412,7 @@ def train(args: Args) -> dict[str, float]:
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_crops(photos, args, device, batches_before(args, run.step))
     n, stop, metrics = args.batch_size, False, {}
+    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
     while run.step < args.total_steps and not stop:
         adversarial = run.step >= args.phase1_steps
@@ -1425,8 +1422,9 @@ def train(args: Args) -> dict[str, float]:
             real, mask, box = next(batches)
             with run.autocast():
                 with torch.no_grad():
-                    fake = composite(G(real, mask)[1].float(), real, mask)
-                real_logits, fake_logits = D(real, mask, box).float(), D(fake, mask, box).float()
+                    fake = composite(forward_G(real, mask)[1].float(), real, mask)
+                pair = (forward_D(image, mask, box).float() for image in (real, fake))
+                real_logits, fake_logits = pair
             d_loss_real, d_loss_fake = -real_logits.mean(), fake_logits.mean()
             d_reg = critics_penalty(
                 D, real, fake, mask, box, args.gp_region, lambda: run.draw(torch.rand, n, 1, 1, 1)
@@ -1437,9 +1435,9 @@ def train(args: Args) -> dict[str, float]:
         real, mask, box = next(batches)
         g_loss_adv = zero
         with run.autocast():
-            coarse, fine = (x.float() for x in G(real, mask))
+            coarse, fine = (x.float() for x in forward_G(real, mask))
             if adversarial:
-                g_loss_adv = -D(composite(fine, real, mask), mask, box).float().mean()
+                g_loss_adv = -forward_D(composite(fine, real, mask), mask, box).float().mean()
         g_loss_rec = reconstruction_loss(args, coarse, fine, real, mask, box)
         g_loss_ortho = orthogonality(G)
         g_loss = args.lambda_rec * g_loss_rec + args.lambda_adv * g_loss_adv
@@ -1487,7 +1485,7 @@ def main() -> None:
     """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
     args = tyro.cli(Args, description=__doc__)
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
-    try:
+    with fid.exit_codes():
         check_args(args)
         if args.dry_run:
             nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1495,14 +1493,6 @@ def main() -> None:
             print(json.dumps({"args": asdict(args), "params": params}))
         else:
             (modes | {"inpaint": inpaint})[args.mode](args)
-    except (fid.UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -300,6 +300,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all, in process 0 only."""
+    if processes()[0] == 0:
+        with atomic(path) as temporary:
+            temporary.write_text(text)
+
+
 def lock(path: Path, leftovers: str, wait: bool = False) -> IO[str]:
     """Hold a lock until the returned file is closed or the process ends, in whatever way.
 
@@ -332,6 +339,24 @@ def lock(path: Path, leftovers: str, wait: bool = False) -> IO[str]:
     for old in path.parent.glob(f".{leftovers}.*.tmp"):
         old.unlink(missing_ok=True)
     return file
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn a user's mistake into one line and exit code 2, a loss that is not finite into 3.
+
+    Ctrl-C becomes 130. The other processes are let go of in any case.
+    """
+    try:
+        yield
+    except (UserError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def quiet_threads() -> None:
@@ -1548,11 +1573,43 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
+# --------------------------------------------------------------------------------------------------
+# 9. Pictures
+# --------------------------------------------------------------------------------------------------
+COLOURS = ("blue", "red", "green", "darkorange", "purple", "teal", "black")
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """Write a picture, whole or not at all."""
+    with atomic(path) as temporary:
+        image.save(temporary, "PNG")
+
+
 def write_grid(path: Path, images: Tensor, columns: int) -> None:
     """Write uint8 images (N, C, H, W) as one PNG."""
     grid = torchvision.utils.make_grid(images.cpu(), columns, padding=2 if len(images) > 1 else 0)
-    with atomic(path) as temporary:
-        Image.fromarray(grid.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+    save_png(path, Image.fromarray(grid.permute(1, 2, 0).numpy()))
+
+
+def write_images(
+    folder: Path, images: Tensor, columns: int, grid: Tensor | None = None, names: Any = ()
+) -> None:
+    """Write uint8 images (N, C, H, W) to folder/generated/ and as a grid, in process 0 only.
+
+    As PNGs, in place of those that were there; by numbers, or by `names`, which may have folders.
+    `grid` (M, C, H, W) are other cells for generated.png.
+    """
+    if processes()[0] > 0:
+        return
+    target = folder / "generated"
+    for old in target.rglob("*.png"):
+        old.unlink()
+    for name, image in zip(names or (f"{i:05d}" for i in range(len(images))), images):
+        path = target / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_grid(path, image[None], 1)
+    write_grid(folder / "generated.png", images if grid is None else grid, columns)
+    say(f"{len(images)} images in {target}, a grid in {folder / 'generated.png'}")
 
 
 def plot(path: Path, log: Path, keys: list[str]) -> None:
@@ -1570,12 +1627,75 @@ def plot(path: Path, log: Path, keys: list[str]) -> None:
         draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
         text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
         draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
-    with atomic(path) as temporary:
-        image.save(temporary, "PNG")
+    save_png(path, image)
+
+
+def chart(
+    path: Path, title: str, curves: dict[str, np.ndarray], twin: bool = False, **marks: int | None
+) -> None:
+    """Draw curves, name -> (K, 2) of step and value, as a PNG; marks are named vertical lines.
+
+    On one scale; two of them with twin on their own, the first at the left, the other at the right.
+    """
+    curves = {name: curve for name, curve in curves.items() if len(curve)}
+    points = np.concatenate([*curves.values(), np.zeros((int(not curves), 2))])
+    image, steps = Image.new("RGB", (900, 480), "white"), (points[:, 0].min(), points[:, 0].max())
+    draw, left, top, right, bottom = ImageDraw.Draw(image), 80, 60, 820, 420
+    draw.rectangle((left, top, right, bottom), outline="grey")
+    draw.text((left, 10), title if curves else f"{title}: nothing in the log", "black")
+
+    def scaled(values: np.ndarray, scale: tuple[float, float], ends: tuple[int, int]) -> list:
+        return np.interp(values, (scale[0], scale[1] + 1e-9), ends).tolist()
+
+    for step in np.linspace(*steps, 6):
+        x = scaled(step, steps, (left, right))
+        draw.text((x, bottom + 6), f"{step:.0f}", "black", anchor="ma")
+    for name, step in marks.items():
+        if step is not None:
+            x = scaled(step, steps, (left, right))
+            draw.line((x, top, x, bottom), "grey", 2)
+            draw.text((x + 3, bottom - 14), name, "black")
+    for i, (name, curve) in enumerate(curves.items()):
+        values, colour = (curve if twin else points)[:, 1], COLOURS[i % len(COLOURS)]
+        scale, x = (values.min(), values.max()), scaled(curve[:, 0], steps, (left, right))
+        draw.line(list(zip(x, scaled(curve[:, 1], scale, (bottom, top)))), colour, 2)
+        draw.text((left + 150 * (i % 5), 28 + 14 * (i // 5)), name, colour)
+        place, anchor = (right + 6, "lm") if i else (left - 6, "rm")
+        for value in np.linspace(*scale, 5) if i <= twin else ():
+            y = scaled(value, scale, (bottom, top))
+            draw.text((place, y), f"{value:.4g}", colour if twin else "black", anchor=anchor)
+    save_png(path, image)
+
+
+def bars(path: Path, title: str, values: dict[str, float]) -> None:
+    """Draw named values as bars from 0, as a PNG."""
+    image = Image.new("RGB", (max(500, 110 * len(values) + 40), 300), "white")
+    draw, highest = ImageDraw.Draw(image), max(values.values())
+    draw.text((20, 10), title, "black")
+    for i, (name, value) in enumerate(values.items()):
+        x, y = 40 + 110 * i, 260 - 200 * value / max(highest, 1e-9)
+        draw.rectangle((x, y, x + 70, 260), COLOURS[i % len(COLOURS)])
+        draw.text((x + 35, y - 14), f"{value:.4g}", "black", anchor="ma")
+        draw.text((x + 35, 266), name, "black", anchor="ma")
+    save_png(path, image)
+
+
+def named_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
+    """Write rows of uint8 images, name -> (n, 3, S, S), as a PNG with the title and the names."""
+    side = max(row.shape[3] for row in rows.values())
+    images = torch.cat([F.interpolate(row.cpu(), side) for row in rows.values()])
+    grid = torchvision.utils.make_grid(images, len(images) // len(rows))
+    image = Image.new("RGB", (grid.shape[2] + 110, grid.shape[1] + 30), "white")
+    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (110, 30))
+    draw = ImageDraw.Draw(image)
+    draw.text((6, 8), title, "black")
+    for i, name in enumerate(rows):
+        draw.text((6, 30 + (i + 0.5) * grid.shape[1] / len(rows)), name, "black", anchor="lm")
+    save_png(path, image)
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Main
+# 10. Main
 # --------------------------------------------------------------------------------------------------
 def pick_device(name: str) -> torch.device:
     """The device a --device flag names; auto is CUDA where there is any, else the CPU."""
@@ -1668,13 +1788,10 @@ def as_text(result: dict[str, Any]) -> str:
 
 def main() -> None:
     args = tyro.cli(Args, description="FID, Inception Score, intra-FID and SIFID of images.")
-    try:
+    with exit_codes():
         check_args(args)
         result = compare_images(args) if args.sifid else compare_folders(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(json.dumps(result) if args.json else as_text(result))
+        print(json.dumps(result) if args.json else as_text(result))
 
 
 if __name__ == "__main__":

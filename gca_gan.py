@@ -62,7 +62,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -149,6 +149,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    compile: bool = False
+    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
     cuda_graphs: bool = False
     """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
@@ -252,25 +254,39 @@ class Args:
             self.total_steps = self.total_steps or max(1, self.stages * self.niter)
 
 
-MODELS = {  # the flags that a --model stands for; those of the command line come after and win
-    "dcgan": "",
-    "sagan": "--loss hinge --total-steps 100000 --batch-size 64 --g-lr 1e-4 --d-lr 4e-4 "
-    "--beta1 0 --beta2 0.9",
-    "consingan": "--block none --dataset image --loss wgan-gp --lambda-gp 0.1 --batch-size 1 "
-    "--n-critic 3 --g-lr 5e-4 --d-lr 5e-4 --total-steps 0 --amp off --sample-every 500 "
-    "--eval-every 0 --save-every 500 --num-samples 25 --fid-num 10",
-}
+ROW = ("model",)  # the flag that names a row of the table
+DEFAULTS = {  # of the models, where Args has not theirs; it has DCGAN's
+    ("sagan",): {
+        "loss": "hinge", "total_steps": 100_000, "batch_size": 64, "g_lr": 1e-4, "d_lr": 4e-4,
+        "beta1": 0.0, "beta2": 0.9,
+    },
+    ("consingan",): {
+        "block": "none", "dataset": "image", "loss": "wgan-gp", "lambda_gp": 0.1, "batch_size": 1,
+        "n_critic": 3, "g_lr": 5e-4, "d_lr": 5e-4, "total_steps": 0, "amp": "off",
+        "sample_every": 500, "eval_every": 0, "save_every": 500, "num_samples": 25, "fid_num": 10,
+    },
+}  # fmt: skip
 FIELDS = list(Args.__dataclass_fields__)
 PHOTO = FIELDS[FIELDS.index("image") :]  # flags of consingan alone
 NO_PHOTO = (  # flags that it does not read
     "data_dir", "download", "img_size", "crop", "hflip", "num_workers", "z_dim", "fid_real",
-    "fid_batch_size", "block_in", "squash", "heatmap_net", "cuda_graphs",
+    "fid_batch_size", "block_in", "squash", "heatmap_net", "compile", "cuda_graphs",
 )  # fmt: skip
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
     "save_every", "fid_batch_size", "num_samples", "stages", "niter", "train_depth", "g_steps",
     "num_layer",
 )  # fmt: skip
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    """The command line; flags not given, and the defaults that --help shows, are its row's."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    row = DEFAULTS.get(tuple(getattr(given, flag) for flag in ROW), {})
+    default = Args()
+    vars(default).update({field.name: field.default for field in fields(Args)} | row)  # unresolved
+    return tyro.cli(Args, args=argv, default=default, description=__doc__)
 
 
 def require(rule: bool, flag: str, must: str, value: object) -> None:
@@ -1072,11 +1088,9 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "commit": found.stdout.strip() if found else "",
         }
-        with fid.atomic(self.folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
         kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        with fid.atomic(log) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
@@ -1226,16 +1240,21 @@ def eval_noise(args: Args, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(G: nn.Module, z: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) of noise z (N, z_dim), by G in eval mode."""
+def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise (N, z_dim), and of what else G takes, in eval mode."""
     training, device = G.training, next(G.parameters()).device
-    images = G.eval()(z.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+    images = G.eval()(*(x.to(device) for x in inputs)).mul(127.5).add(127.5).round().clamp(0, 255)
     G.train(training)
     return images.to(torch.uint8)
 
 
-def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
-    """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
+def score(
+    args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
+) -> dict[str, float]:
+    """FID and Inception Score of G's images of `inputs` against the data's, (N, C, S, S) at path.
+
+    An input (fid_num, ...) each: the noise, and what else G takes.
+    """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
     if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
@@ -1243,10 +1262,11 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
             fid.collective(dist.broadcast, buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
-    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
-    scores = fid.score_generator(
-        inception, lambda first, n: generate(G, z[first : first + n]), args.fid_num, size, real
-    )
+
+    def draw(first: int, count: int) -> Tensor:
+        return generate(G, *(x[first : first + count] for x in inputs))
+
+    scores = fid.score_generator(inception, draw, len(inputs[0]), args.fid_batch_size, real)
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
     return {f"metric/{key}": value for key, value in scores.items()}
@@ -1281,23 +1301,10 @@ def evaluate(args: Args) -> dict[str, float]:
     args, device, G, _, folder = open_checkpoint(args)
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
-    scores = score(args, inception, G, images, path)
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "evaluate.json") as temporary:
-            record = {"step": step, **scores, **inception.protocol}
-            temporary.write_text(json.dumps(record, indent=2))
+    scores = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
+    record = {"step": step, **scores, **inception.protocol}
+    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
     return scores
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write uint8 images as PNGs to generated/, in place of what was there, and as a grid."""
-    (folder / "generated").mkdir(exist_ok=True)
-    for old in (folder / "generated").glob("*.png"):
-        old.unlink()
-    for i, image in enumerate(images):
-        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
-    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
 
 
 def sample(args: Args) -> None:
@@ -1305,8 +1312,7 @@ def sample(args: Args) -> None:
     args, _, G, _, folder = open_checkpoint(args)
     parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
     images = torch.cat([generate(G, z).cpu() for z in parts])
-    if fid.processes()[0] == 0:
-        write_images(folder, images)
+    fid.write_images(folder, images, math.isqrt(len(images)))
 
 
 PUBLISHED = {  # Table 1, FID on CelebA and on LSUN church
@@ -1416,8 +1422,7 @@ def figures(args: Args) -> None:
     cells = torch.stack(columns, dim=1).flatten(0, 1)
     fid.write_grid(target / "heatmaps.png", cells, len(columns))
     text = table([place for *_, place in opened])
-    with fid.atomic(target / "table1.md") as temporary:
-        temporary.write_text(text + "\n")
+    fid.write_text(target / "table1.md", text + "\n")
     fid.say(text)
     fid.say(f"samples, heatmaps (image, o, x, gain p of each run) and table1 are in {target}")
 
@@ -1452,7 +1457,7 @@ def open_pyramid(args: Args, path: Path) -> tuple[Args, nn.Module, dict]:
     here = {"deterministic", "fid_num", "fid_weights", "eval_seed"} | FREE_FLAGS
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     G = pyramid_nets(args, *saved_stage(state))[0]
-    G.load_state_dict(state["parts"]["G"])
+    fid.load_parts({"G": G}, state["parts"], path)
     return args, G.to(setup(args), memory_format=torch.channels_last), state
 
 
@@ -1498,10 +1503,8 @@ def evaluate_photo(args: Args) -> dict[str, float]:
     args, G, state = open_pyramid(args, path)
     trunk = fid.load_sifid_trunk(args.fid_weights, G.amps.device, args.sifid_dims)
     scores = photo_score(args, trunk, G)
-    with fid.atomic(path.with_name("evaluate.json")) as temporary:
-        about = {"step": state["step"], "sifid_dims": args.sifid_dims}
-        record = about | scores | trunk.protocol
-        temporary.write_text(json.dumps(record, indent=2))
+    record = {"step": state["step"], "sifid_dims": args.sifid_dims, **scores, **trunk.protocol}
+    fid.write_text(path.with_name("evaluate.json"), json.dumps(record, indent=2))
     return scores
 
 
@@ -1516,7 +1519,8 @@ def sample_photo(args: Args) -> None:
         require(value == 1 or not fixed, flag, must, value)
         few = 2 if args.block == "nl" and args.nl_variant == "pooled" else 1
         require(value * least >= few, flag, f"leave {few} of stage 0's {least} pixels", value)
-    write_images(path.parent, photo_samples(args, G, args.num_samples))
+    images = photo_samples(args, G, args.num_samples)
+    fid.write_images(path.parent, images, math.isqrt(len(images)))
 
 
 @torch.no_grad()
@@ -1579,12 +1583,13 @@ def train(args: Args) -> dict[str, float]:
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
     n, stop, metrics = args.batch_size, False, {}
+    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
     def d_update(real: Tensor, z: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with run.autocast():
             with torch.no_grad():
-                fake = G(z).float()
-            real_logits, fake_logits = D(real).float(), D(fake).float()
+                fake = forward_G(z).float()
+            real_logits, fake_logits = forward_D(real).float(), forward_D(fake).float()
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
         d_reg = torch.zeros_like(d_loss_real)
         if args.loss == "wgan-gp":
@@ -1599,7 +1604,7 @@ def train(args: Args) -> dict[str, float]:
 
     def g_update(z: Tensor) -> dict[str, Tensor]:
         with run.autocast():
-            logits = D(G(z)).float()
+            logits = forward_D(forward_G(z)).float()
         g_loss = g_fake(logits).mean()
         return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G"), **block_terms(G, D)}
 
@@ -1619,7 +1624,7 @@ def train(args: Args) -> dict[str, float]:
             grid = generate(G, eval_noise(args, args.num_samples))
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
-            metrics = score(args, inception, G, images, path)
+            metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
             run.log(metrics)
             if metrics["metric/fid"] < run.best_fid:
                 run.best_fid = metrics["metric/fid"]
@@ -1741,13 +1746,12 @@ def train_consingan(args: Args) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------
 def main() -> None:
     """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
-    model = tyro.cli(Args, description=__doc__).model
-    args = tyro.cli(Args, args=[*MODELS[model].split(), *sys.argv[1:]])
+    args = parse()
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
     if args.model == "consingan":
         modes = {"train": train_consingan, "evaluate": evaluate_photo, "sample": sample_photo,
                  "figures": figures_photo}  # fmt: skip
-    try:
+    with fid.exit_codes():
         check_args(args)
         if args.dry_run:
             if args.model == "consingan":
@@ -1759,14 +1763,6 @@ def main() -> None:
             print(json.dumps({"args": asdict(args), "params": params}))
         else:
             modes[args.mode](args)
-    except (fid.UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    compile: bool = False
+    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
     cuda_graphs: bool = False
     """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
@@ -744,11 +746,9 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "commit": found.stdout.strip() if found else "",
         }
-        with fid.atomic(self.folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
         kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        with fid.atomic(log) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
@@ -898,16 +898,21 @@ def eval_noise(args: Args, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(G: nn.Module, z: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) of noise z (N, z_dim), by G in eval mode."""
+def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise (N, z_dim), and of what else G takes, in eval mode."""
     training, device = G.training, next(G.parameters()).device
-    images = G.eval()(z.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+    images = G.eval()(*(x.to(device) for x in inputs)).mul(127.5).add(127.5).round().clamp(0, 255)
     G.train(training)
     return images.to(torch.uint8)
 
 
-def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
-    """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
+def score(
+    args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
+) -> dict[str, float]:
+    """FID and Inception Score of G's images of `inputs` against the data's, (N, C, S, S) at path.
+
+    An input (fid_num, ...) each: the noise, and what else G takes.
+    """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
     if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
@@ -915,10 +920,11 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
             fid.collective(dist.broadcast, buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
-    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
-    scores = fid.score_generator(
-        inception, lambda first, n: generate(G, z[first : first + n]), args.fid_num, size, real
-    )
+
+    def draw(first: int, count: int) -> Tensor:
+        return generate(G, *(x[first : first + count] for x in inputs))
+
+    scores = fid.score_generator(inception, draw, len(inputs[0]), args.fid_batch_size, real)
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
     return {f"metric/{key}": value for key, value in scores.items()}
@@ -947,10 +953,9 @@ def evaluate(args: Args) -> dict[str, float]:
     args, device, G, _, folder = open_checkpoint(args)
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
-    scores = score(args, inception, G, images, path)
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
+    scores = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
+    record = {**scores, **inception.protocol}
+    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
     return scores
 
 
@@ -959,15 +964,7 @@ def sample(args: Args) -> None:
     args, _, G, _, folder = open_checkpoint(args)
     parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
     images = torch.cat([generate(G, z).cpu() for z in parts])
-    if fid.processes()[0] > 0:
-        return
-    (folder / "generated").mkdir(exist_ok=True)
-    for old in (folder / "generated").glob("*.png"):
-        old.unlink()
-    for i, image in enumerate(images):
-        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
-    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
+    fid.write_images(folder, images, math.isqrt(len(images)))
 
 
 def principal_map(features: Tensor) -> Tensor:
@@ -1037,12 +1034,13 @@ def train(args: Args) -> dict[str, float]:
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[LOSS[args.model]]
     n, stop, metrics = args.batch_size, False, {}
+    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
     def d_update(real: Tensor, z: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with run.autocast():
             with torch.no_grad():
-                fake = G(z).float()
-            real_logits, fake_logits = D(real).float(), D(fake).float()
+                fake = forward_G(z).float()
+            real_logits, fake_logits = forward_D(real).float(), forward_D(fake).float()
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
         penalised = args.model in ("giu", "wgan-gp")
         d_reg = gradient_penalty(D, real, fake, eps) if penalised else torch.zeros_like(d_loss_real)
@@ -1056,7 +1054,7 @@ def train(args: Args) -> dict[str, float]:
 
     def g_update(z: Tensor) -> dict[str, Tensor]:
         with run.autocast():
-            logits = D(G(z)).float()
+            logits = forward_D(forward_G(z)).float()
         g_loss = g_fake(logits).mean()
         return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G")}
 
@@ -1082,7 +1080,7 @@ def train(args: Args) -> dict[str, float]:
             grid = generate(G, eval_noise(args, args.num_samples))
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
-            metrics = score(args, inception, G, images, path)
+            metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
             run.log(metrics)
             if metrics["metric/fid"] < run.best_fid:
                 run.best_fid = metrics["metric/fid"]
@@ -1103,7 +1101,7 @@ def main() -> None:
     """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
     args = tyro.cli(Args, description=__doc__)
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
-    try:
+    with fid.exit_codes():
         check_args(args)
         if args.dry_run:
             nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1111,14 +1109,6 @@ def main() -> None:
             print(json.dumps({"args": asdict(args), "params": params}))
         else:
             modes[args.mode](args)
-    except (fid.UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

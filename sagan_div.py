@@ -46,7 +46,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -133,6 +133,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    compile: bool = False
+    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
     cuda_graphs: bool = False
     """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
@@ -195,25 +197,24 @@ POSITIVE = (
 )  # fmt: skip
 ADAM = {"beta1": 0.5, "beta2": 0.999}  # PyTorch's and DCGAN's
 SAME = {"g_lr": 2e-4, "d_lr": 2e-4}
-RECIPES = {  # what differs from the defaults of Args, which are the paper's for a to d
-    "paper": {
-        "dcgan": {**SAME, **ADAM, "batch_size": 128, "n_critic": 1},
-        "wgan-div": {**SAME, "n_critic": 4, "div_points": "interp"},
-        "sngan": SAME,
-    },
-    "author": {
-        **dict.fromkeys("abcd", {**ADAM, "div_scale": 10.0}),
-        **dict.fromkeys(("dcgan", "sngan"), {**ADAM, "batch_size": 2048}),
-        "wgan-div": {**SAME, **ADAM},
-    },
+ROW = ("recipe", "method")  # the flags that name a row of the tables
+DEFAULTS = {  # of the rows, where Args has not theirs; it has the paper's for a to d
+    ("paper", "dcgan"): {**SAME, **ADAM, "batch_size": 128, "n_critic": 1},
+    ("paper", "wgan-div"): {**SAME, "n_critic": 4, "div_points": "interp"},
+    ("paper", "sngan"): SAME,
+    **{("author", method): {**ADAM, "div_scale": 10.0} for method in "abcd"},
+    **{("author", method): {**ADAM, "batch_size": 2048} for method in ("dcgan", "sngan")},
+    ("author", "wgan-div"): {**SAME, **ADAM},
 }
 
 
 def parse(argv: list[str] | None = None) -> Args:
-    """The command line; flags not given have the values of the method's recipe."""
-    first = tyro.cli(Args, args=argv, description=__doc__)
-    which = {flag: getattr(first, flag) for flag in ("method", "recipe", "dataset")}
-    default = Args(**which, **RECIPES[first.recipe].get(first.method, {}))
+    """The command line; flags not given, and the defaults that --help shows, are its row's."""
+    argv = sys.argv[1:] if argv is None else argv
+    given = tyro.cli(Args, args=[word for word in argv if word not in ("-h", "--help")])
+    row = DEFAULTS.get(tuple(getattr(given, flag) for flag in ROW), {})
+    default = Args()
+    vars(default).update({field.name: field.default for field in fields(Args)} | row)  # unresolved
     return tyro.cli(Args, args=argv, default=default, description=__doc__)
 
 
@@ -695,11 +696,9 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "commit": found.stdout.strip() if found else "",
         }
-        with fid.atomic(self.folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
         kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        with fid.atomic(log) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
@@ -849,16 +848,21 @@ def eval_noise(args: Args, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(G: nn.Module, z: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) of noise z (N, z_dim), by G in eval mode."""
+def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise (N, z_dim), and of what else G takes, in eval mode."""
     training, device = G.training, next(G.parameters()).device
-    images = G.eval()(z.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+    images = G.eval()(*(x.to(device) for x in inputs)).mul(127.5).add(127.5).round().clamp(0, 255)
     G.train(training)
     return images.to(torch.uint8)
 
 
-def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
-    """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
+def score(
+    args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
+) -> dict[str, float]:
+    """FID and Inception Score of G's images of `inputs` against the data's, (N, C, S, S) at path.
+
+    An input (fid_num, ...) each: the noise, and what else G takes.
+    """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
     if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
@@ -866,10 +870,11 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
             fid.collective(dist.broadcast, buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
-    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
-    scores = fid.score_generator(
-        inception, lambda first, n: generate(G, z[first : first + n]), args.fid_num, size, real
-    )
+
+    def draw(first: int, count: int) -> Tensor:
+        return generate(G, *(x[first : first + count] for x in inputs))
+
+    scores = fid.score_generator(inception, draw, len(inputs[0]), args.fid_batch_size, real)
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
     return {f"metric/{key}": value for key, value in scores.items()}
@@ -918,14 +923,12 @@ def evaluate(args: Args) -> dict[str, float]:
     args, device, G, _, folder = open_checkpoint(args)
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args, args.channels)
-    scores = score(args, inception, G, images, path)
+    scores = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
     if args.fid_distinct:
         scores["metric/replica"] = value = replica_fid(args, inception, G, images)
         fid.say(f"replica of the public code, repeated images, not a protocol of FID: {value:.6g}")
     record = {**scores, **inception.protocol}
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2))
+    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
     return scores
 
 
@@ -934,15 +937,7 @@ def sample(args: Args) -> None:
     args, _, G, _, folder = open_checkpoint(args)
     parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
     images = torch.cat([generate(G, z).cpu() for z in parts])
-    if fid.processes()[0] > 0:
-        return
-    (folder / "generated").mkdir(exist_ok=True)
-    for old in (folder / "generated").glob("*.png"):
-        old.unlink()
-    for i, image in enumerate(images):
-        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
-    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
+    fid.write_images(folder, images, math.isqrt(len(images)))
 
 
 @torch.no_grad()
@@ -992,9 +987,9 @@ def compare_methods(out_dir: Path) -> str:
     runs += ["|---" * 7 + "|"]
     for path in sorted(out_dir.glob(f"{Path(__file__).stem}__*/args.json")):
         args = json.loads(path.read_text())["args"]
-        log = [json.loads(x) for x in path.with_name("log.jsonl").read_text().splitlines()]
+        log = fid.read_records(path.with_name("log.jsonl"))
         fids = [record["metric/fid"] for record in log if "metric/fid" in record]
-        recipe = RECIPES["paper"].get(args["method"], {})
+        recipe = DEFAULTS.get(("paper", args["method"]), {})
         usual = asdict(Args(method=args["method"], dataset=args["dataset"], **recipe))
         usual = json.loads(json.dumps(usual))  # tuples become lists, as in args.json
         apart = {key for key, value in usual.items() if value != args.get(key)}
@@ -1030,12 +1025,10 @@ def figures(args: Args) -> None:
     fid.write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
     fid.write_grid(target / "attention.png", *attention_figure(args, G, z[:4].to(device)))
     keys = ["loss/d", "loss/g", "logit/gap", "loss/d_reg", "metric/fid"]
-    records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    logged = sorted({key for record in records for key in record})
+    logged = sorted({key for record in fid.read_records(folder / "log.jsonl") for key in record})
     keys += [key for key in logged if key.startswith(("grad/", "train/gamma"))]
     fid.plot(target / "curves.png", folder / "log.jsonl", keys)
-    with fid.atomic(target / "report.md") as temporary:
-        temporary.write_text(compare_methods(out_dir))
+    fid.write_text(target / "report.md", compare_methods(out_dir))
     fid.say(f"samples, real, attention, curves and report.md (Tables 2 and 3) are in {target}")
 
 
@@ -1061,17 +1054,18 @@ def train(args: Args) -> dict[str, float]:
     if loss == "wasserstein" and any(isinstance(m, nn.BatchNorm2d) for m in D.modules()):
         fid.warn("batch norm in D: the gradients that the penalty is taken of mix samples")
     n, stop, metrics = args.batch_size, False, {}
+    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
     def d_update(real: Tensor, z: Tensor, u: Tensor) -> dict[str, Tensor]:
         with run.autocast(), torch.no_grad():
-            fake = G(z).float()
+            fake = forward_G(z).float()
         if loss == "wasserstein":
             mixed = u if args.div_points == "interp" else None
             real_logits, fake_logits, slopes = critic(D, real, fake, mixed)
             d_reg = divergence_penalty(slopes, args.div_k, args.div_p)
         else:
             with run.autocast():
-                real_logits, fake_logits = D(real).float(), D(fake).float()
+                real_logits, fake_logits = forward_D(real).float(), forward_D(fake).float()
             slopes, d_reg = {}, torch.zeros((), device=device)
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
         d_loss = d_loss_real + d_loss_fake + args.div_scale * d_reg
@@ -1088,7 +1082,7 @@ def train(args: Args) -> dict[str, float]:
 
     def g_update(z: Tensor) -> dict[str, Tensor]:
         with run.autocast():
-            logits = D(G(z)).float()
+            logits = forward_D(forward_G(z)).float()
         g_loss = g_fake(logits).mean()
         return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G")}
 
@@ -1113,7 +1107,7 @@ def train(args: Args) -> dict[str, float]:
             grid = generate(G, eval_noise(args, args.num_samples))
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
-            metrics = score(args, inception, G, images, path)
+            metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
             run.log(metrics)
             if metrics["metric/fid"] < run.best_fid:
                 run.best_fid = metrics["metric/fid"]
@@ -1134,7 +1128,7 @@ def main() -> None:
     """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
     args = parse()
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
-    try:
+    with fid.exit_codes():
         check_args(args)
         if args.dry_run:
             nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1142,14 +1136,6 @@ def main() -> None:
             print(json.dumps({"args": asdict(args), "params": params}))
         else:
             modes[args.mode](args)
-    except (fid.UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 import tyro
 from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
@@ -135,6 +134,8 @@ class Args:
     # Speed
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
+    compile: bool = False
+    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
     cuda_graphs: bool = False
     """record an update's kernels and launch them as one: for small networks on one GPU"""
     # Intervals, in steps; the last step counts as each of them
@@ -793,11 +794,9 @@ class Run:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "commit": found.stdout.strip() if found else "",
         }
-        with fid.atomic(self.folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=2))
+        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
         kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        with fid.atomic(log) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         fid.say(f"{self.folder}: from step {self.step}")
@@ -947,16 +946,21 @@ def eval_noise(args: Args, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(G: nn.Module, z: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) of noise z (N, z_dim), by G in eval mode."""
+def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
+    """uint8 images (N, C, H, W) of noise (N, z_dim), and of what else G takes, in eval mode."""
     training, device = G.training, next(G.parameters()).device
-    images = G.eval()(z.to(device)).mul(127.5).add(127.5).round().clamp(0, 255)
+    images = G.eval()(*(x.to(device) for x in inputs)).mul(127.5).add(127.5).round().clamp(0, 255)
     G.train(training)
     return images.to(torch.uint8)
 
 
-def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path) -> dict:
-    """FID and Inception Score of `fid_num` images of G against images (N, C, S, S) of the data."""
+def score(
+    args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
+) -> dict[str, float]:
+    """FID and Inception Score of G's images of `inputs` against the data's, (N, C, S, S) at path.
+
+    An input (fid_num, ...) each: the noise, and what else G takes.
+    """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
     if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
@@ -964,10 +968,11 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, pa
             fid.collective(dist.broadcast, buffer, 0)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
-    z, size = eval_noise(args, args.fid_num), args.fid_batch_size
-    scores = fid.score_generator(
-        inception, lambda first, n: generate(G, z[first : first + n]), args.fid_num, size, real
-    )
+
+    def draw(first: int, count: int) -> Tensor:
+        return generate(G, *(x[first : first + count] for x in inputs))
+
+    scores = fid.score_generator(inception, draw, len(inputs[0]), args.fid_batch_size, real)
     text = ", ".join(f"{key} {value:.6g}" for key, value in scores.items())
     fid.say(f"{text}{inception.label and ': '}{inception.label}")
     return {f"metric/{key}": value for key, value in scores.items()}
@@ -1006,9 +1011,7 @@ def report_stop(folder: Path) -> dict:
     means = [(window_mean(losses, step), step) for step in losses[:, 0].tolist()]
     found["lowest_fid_at"] = int(fids[fids[:, 1].argmin(), 0]) if len(fids) else None
     found["lowest_d_loss_at"] = int(min(means)[1]) if means else None
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "report.json") as temporary:
-            temporary.write_text(json.dumps(found, indent=2))
+    fid.write_text(folder / "report.json", json.dumps(found, indent=2))
     text = ", ".join(f"{key} {value}" for key, value in found.items() if value is not None)
     fid.say(f"stopping rule: {text} (a falling loss of D can also mean that D is winning)")
     return found
@@ -1019,10 +1022,9 @@ def evaluate(args: Args) -> dict[str, float]:
     args, device, G, _, folder = open_checkpoint(args)
     inception = fid.load_inception(args.fid_weights, device)
     images, _, path = load_images(args)
-    scores = score(args, inception, G, images, path)
-    if fid.processes()[0] == 0:
-        with fid.atomic(folder / "evaluate.json") as temporary:
-            temporary.write_text(json.dumps({**scores, **inception.protocol}, indent=2))
+    scores = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
+    record = {**scores, **inception.protocol}
+    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
     return scores
 
 
@@ -1031,85 +1033,7 @@ def sample(args: Args) -> None:
     args, _, G, _, folder = open_checkpoint(args)
     parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
     images = torch.cat([generate(G, z).cpu() for z in parts])
-    if fid.processes()[0] > 0:
-        return
-    (folder / "generated").mkdir(exist_ok=True)
-    for old in (folder / "generated").glob("*.png"):
-        old.unlink()
-    for i, image in enumerate(images):
-        fid.write_grid(folder / "generated" / f"{i:05d}.png", image[None], 1)
-    fid.write_grid(folder / "generated.png", images, math.isqrt(len(images)))
-    fid.say(f"{len(images)} images in {folder / 'generated'}, a grid in {folder / 'generated.png'}")
-
-
-COLOURS = ("blue", "red", "green", "darkorange", "purple", "teal", "black")
-
-
-def chart(
-    path: Path, title: str, curves: dict[str, np.ndarray], twin: bool = False, **marks: int | None
-) -> None:
-    """Draw curves, name -> (K, 2) of step and value, as a PNG; marks are named vertical lines.
-
-    On one scale; two of them with twin on their own, the first at the left, the other at the right.
-    """
-    curves = {name: curve for name, curve in curves.items() if len(curve)}
-    points = np.concatenate([*curves.values(), np.zeros((int(not curves), 2))])
-    image, steps = Image.new("RGB", (900, 480), "white"), (points[:, 0].min(), points[:, 0].max())
-    draw, left, top, right, bottom = ImageDraw.Draw(image), 80, 60, 820, 420
-    draw.rectangle((left, top, right, bottom), outline="grey")
-    draw.text((left, 10), title if curves else f"{title}: nothing in the log", "black")
-
-    def scaled(values: np.ndarray, scale: tuple[float, float], ends: tuple[int, int]) -> list:
-        return np.interp(values, (scale[0], scale[1] + 1e-9), ends).tolist()
-
-    for step in np.linspace(*steps, 6):
-        x = scaled(step, steps, (left, right))
-        draw.text((x, bottom + 6), f"{step:.0f}", "black", anchor="ma")
-    for name, step in marks.items():
-        if step is not None:
-            x = scaled(step, steps, (left, right))
-            draw.line((x, top, x, bottom), "grey", 2)
-            draw.text((x + 3, bottom - 14), name, "black")
-    for i, (name, curve) in enumerate(curves.items()):
-        values, colour = (curve if twin else points)[:, 1], COLOURS[i % len(COLOURS)]
-        scale, x = (values.min(), values.max()), scaled(curve[:, 0], steps, (left, right))
-        draw.line(list(zip(x, scaled(curve[:, 1], scale, (bottom, top)))), colour, 2)
-        draw.text((left + 150 * (i % 5), 28 + 14 * (i // 5)), name, colour)
-        place, anchor = (right + 6, "lm") if i else (left - 6, "rm")
-        for value in np.linspace(*scale, 5) if i <= twin else ():
-            y = scaled(value, scale, (bottom, top))
-            draw.text((place, y), f"{value:.4g}", colour if twin else "black", anchor=anchor)
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
-
-
-def bars(path: Path, title: str, values: dict[str, float]) -> None:
-    """Draw named values as bars from 0, as a PNG."""
-    image = Image.new("RGB", (max(500, 110 * len(values) + 40), 300), "white")
-    draw, highest = ImageDraw.Draw(image), max(values.values())
-    draw.text((20, 10), title, "black")
-    for i, (name, value) in enumerate(values.items()):
-        x, y = 40 + 110 * i, 260 - 200 * value / max(highest, 1e-9)
-        draw.rectangle((x, y, x + 70, 260), COLOURS[i % len(COLOURS)])
-        draw.text((x + 35, y - 14), f"{value:.4g}", "black", anchor="ma")
-        draw.text((x + 35, 266), name, "black", anchor="ma")
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
-
-
-def named_rows(path: Path, title: str, rows: dict[str, Tensor]) -> None:
-    """Write rows of uint8 images, name -> (n, 3, S, S), as a PNG with the title and the names."""
-    side = max(row.shape[3] for row in rows.values())
-    images = torch.cat([F.interpolate(row.cpu(), side) for row in rows.values()])
-    grid = torchvision.utils.make_grid(images, len(images) // len(rows))
-    image = Image.new("RGB", (grid.shape[2] + 110, grid.shape[1] + 30), "white")
-    image.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (110, 30))
-    draw = ImageDraw.Draw(image)
-    draw.text((6, 8), title, "black")
-    for i, name in enumerate(rows):
-        draw.text((6, 30 + (i + 0.5) * grid.shape[1] / len(rows)), name, "black", anchor="lm")
-    with fid.atomic(path) as temporary:
-        image.save(temporary, "PNG")
+    fid.write_images(folder, images, math.isqrt(len(images)))
 
 
 def kept_samples(path: Path, count: int = 8) -> Tensor:
@@ -1155,7 +1079,7 @@ def draw_attention(args: Args, G: nn.Module, path: Path, title: str, count: int 
     for i, side in itertools.product(range(count), sorted(maps)):
         dots = Image.fromarray(samples[i].byte().permute(1, 2, 0).numpy())
         cells = []
-        for (y, x), name in zip(query, itertools.cycle(COLOURS)):
+        for (y, x), name in zip(query, itertools.cycle(fid.COLOURS)):
             spot = (x + 0.5) * scale, (y + 0.5) * scale
             ImageDraw.Draw(dots).circle(spot, 5, name, "white")
             place = (y * side // size) * side + x * side // size
@@ -1164,7 +1088,7 @@ def draw_attention(args: Args, G: nn.Module, path: Path, title: str, count: int 
             cells.append(0.4 * samples[i] + 0.6 * heat[0] / heat.max() * (0.5 * colour + 127))
         cells.insert(0, torch.from_numpy(np.array(dots)).permute(2, 0, 1).float())
         rows[f"{i + 1}: {side}x{side}"] = torch.stack(cells).byte()
-    named_rows(path, title, rows)
+    fid.named_rows(path, title, rows)
 
 
 def shuffle_patches(images: Tensor, per_side: int, random: torch.Generator) -> Tensor:
@@ -1238,15 +1162,15 @@ def compare_runs(args: Args, folder: Path, target: Path, title: str) -> None:
     runs = {path.name[len(left) : -len(right)]: path for path in paths}
     fids = {name: read_log(path, "metric/fid") for name, path in runs.items()}
     if values := {name: curve[0, 1] for name, curve in fids.items() if len(curve)}:
-        bars(target / "fid_first.png", f"FID, first evaluation; {title}", values)
+        fid.bars(target / "fid_first.png", f"FID, first evaluation; {title}", values)
     early = {name: curve[curve[:, 0] <= 5_000] for name, curve in fids.items()}
-    chart(target / "fid_early.png", f"FID to step 5000; {title}", early)
-    chart(target / "fid.png", f"FID; {title}", fids)
+    fid.chart(target / "fid_early.png", f"FID to step 5000; {title}", early)
+    fid.chart(target / "fid.png", f"FID; {title}", fids)
     for step in args.milestones:
         kept = {name: path / f"step-{step:07d}.pt" for name, path in runs.items()}
         rows = {name: kept_samples(path) for name, path in kept.items() if path.exists()}
         if rows:
-            named_rows(target / f"compare_{step:07d}.png", f"step {step}; {title}", rows)
+            fid.named_rows(target / f"compare_{step:07d}.png", f"step {step}; {title}", rows)
 
 
 def figures(args: Args) -> None:
@@ -1264,15 +1188,15 @@ def figures(args: Args) -> None:
     kept = [*sorted(folder.glob("step-*.pt")), *folder.glob("t_*.pt")]
     if kept:
         rows = {path.stem: kept_samples(path) for path in kept}
-        named_rows(target / "progress.png", title, rows)
+        fid.named_rows(target / "progress.png", title, rows)
     rule, losses = report_stop(folder), read_log(folder, "loss/d")
     smooth = [(step, window_mean(losses, step)) for step in losses[:, 0]]
     curves = {"FID": read_log(folder, "metric/fid"), "D loss": np.reshape(smooth, (-1, 2))}
     marks = {key: rule[key] for key in ("t_fid", "t_best")}
-    chart(target / "signals.png", f"FID, D loss; {title}", curves, twin=True, **marks)
+    fid.chart(target / "signals.png", f"FID, D loss; {title}", curves, twin=True, **marks)
     keys = [f"gamma_{net}_{side}" for net in "gd" for side in getattr(args, f"attn_{net}")]
     gains = {key: read_log(folder, f"train/{key}") for key in keys}
-    chart(target / "gamma.png", f"gamma; {title}", gains)
+    fid.chart(target / "gamma.png", f"gamma; {title}", gains)
     if len(G.attn):
         draw_attention(args, G, target / "attention.png", f"attention in G; {title}")
     if args.eval_every:
@@ -1285,9 +1209,9 @@ def figures(args: Args) -> None:
             "diversity": diversity(args, inception, G, images, labels),
             "n_real": len(images), "label": inception.label, **inception.protocol,
         }  # fmt: skip
-        bars(target / "spatial.png", f"FID of distorted real images; {title}", measured["spatial"])
-        with fid.atomic(target / "measured.json") as temporary:
-            temporary.write_text(json.dumps(measured, indent=2))
+        named = f"FID of distorted real images; {title}"
+        fid.bars(target / "spatial.png", named, measured["spatial"])
+        fid.write_text(target / "measured.json", json.dumps(measured, indent=2))
     fid.say(f"figures are in {target}")
 
 
@@ -1308,6 +1232,7 @@ def train(args: Args) -> dict[str, float]:
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
     n, stop, metrics = args.batch_size, False, {}
+    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
     def rule() -> dict:
         fids, losses = read_log(run.folder, "metric/fid"), read_log(run.folder, "loss/d")
@@ -1316,8 +1241,8 @@ def train(args: Args) -> dict[str, float]:
     def d_update(real: Tensor, z: Tensor) -> dict[str, Tensor]:
         with run.autocast():
             with torch.no_grad():
-                fake = G(z).float()
-            real_logits, fake_logits = D(real).float(), D(fake).float()
+                fake = forward_G(z).float()
+            real_logits, fake_logits = forward_D(real).float(), forward_D(fake).float()
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
         d_loss = d_loss_real + d_loss_fake
         d_norm = run.update(d_loss, "D")
@@ -1329,7 +1254,7 @@ def train(args: Args) -> dict[str, float]:
 
     def g_update(z: Tensor) -> dict[str, Tensor]:
         with run.autocast():
-            logits = D(G(z)).float()
+            logits = forward_D(forward_G(z)).float()
         g_loss = g_fake(logits).mean()
         return {"loss/g": g_loss, "grad/g_norm": run.update(g_loss, "G")}
 
@@ -1343,8 +1268,8 @@ def train(args: Args) -> dict[str, float]:
                 real = torch.where(run.draw(torch.rand, n, 1, 1, 1) < 0.5, real.flip(3), real)
             z = run.draw(torch.randn, n, args.z_dim)
             terms = d_update(real, z)
-        terms |= g_update(run.draw(torch.randn, n, args.z_dim))
-        stop, milestone = run.collect(terms), run.step in args.milestones
+        stop = run.collect(terms | g_update(run.draw(torch.randn, n, args.z_dim)))
+        milestone = run.step in args.milestones
         if run.due(args.log_every):
             gains = {
                 f"train/gamma_{key}_{side}": block.gamma.item()
@@ -1356,7 +1281,7 @@ def train(args: Args) -> dict[str, float]:
             grid = generate(G, eval_noise(args, args.num_samples))
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
-            metrics = score(args, inception, G, images, path)
+            metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
             run.log(metrics)
             if metrics["metric/fid"] < run.best_fid:
                 run.best_fid = metrics["metric/fid"]
@@ -1384,7 +1309,7 @@ def main() -> None:
     """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
     args = tyro.cli(Args, description=__doc__)
     modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
-    try:
+    with fid.exit_codes():
         check_args(args)
         if args.dry_run:
             nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1392,14 +1317,6 @@ def main() -> None:
             print(json.dumps({"args": asdict(args), "params": params}))
         else:
             modes[args.mode](args)
-    except (fid.UserError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(3 if isinstance(error, FloatingPointError) else 2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

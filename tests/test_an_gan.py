@@ -401,7 +401,7 @@ def test_one_hot_weights_are_the_class(model):
     torch.testing.assert_close(G(z, F.one_hot(y, 5).float()), images, rtol=0, atol=1e-6)
     torch.testing.assert_close(torch.cat([G(z[i : i + 1], y[i : i + 1]) for i in range(6)]), images)
     assert (G(z, (y + 1) % 5) - images).abs().max() > 1e-3
-    assert an_gan.generate_classes(G, z, y).dtype == torch.uint8
+    assert an_gan.generate(G, z, y).dtype == torch.uint8
 
 
 # Networks ---------------------------------------------------------------------------------------
@@ -702,7 +702,7 @@ def test_intra_fid_compares_class_with_class():
     args = make(num_classes=3, intra_num=8, fid_batch_size=4)
     labels = torch.arange(24) % 3
     with torch.no_grad():
-        images = an_gan.generate_classes(StubGenerator(), torch.zeros(8, 16), torch.zeros(8).long())
+        images = an_gan.generate(StubGenerator(), torch.zeros(8, 16), torch.zeros(8).long())
     images = images.repeat_interleave(3, 0).numpy()  # class 0 for all three classes
     found = an_gan.score_each_class(args, StubInception(), StubGenerator(), images, labels)
     values = [entry["fid"] for _, entry in sorted(found["intra_fid_per_class"].items())]
@@ -712,10 +712,10 @@ def test_intra_fid_compares_class_with_class():
 
 def test_scores_use_every_class(tmp_path):
     args = make(num_classes=5, fid_num=20, fid_batch_size=7)
-    images = an_gan.generate_classes(StubGenerator(), torch.zeros(20, 16), torch.arange(20) % 5)
-    scores = an_gan.score_classes(
-        args, StubInception(), StubGenerator(), images.numpy(), tmp_path / "images.npy"
-    )
+    images = an_gan.generate(StubGenerator(), torch.zeros(20, 16), torch.arange(20) % 5)
+    inputs = an_gan.eval_noise(args, 20), an_gan.eval_classes(args, 20)
+    path = tmp_path / "images.npy"
+    scores = an_gan.score(args, StubInception(), StubGenerator(), images.numpy(), path, *inputs)
     assert scores["metric/fid"] < 2 and scores["metric/is_mean"] > 1
 
 
@@ -784,7 +784,7 @@ def test_interpolation_starts_and_ends_at_the_classes():
     rows = an_gan.interpolation(args, G, [1, 3, 0], count=5)
     assert rows.shape == (20, 3, 32, 32)  # two pairs, images and maps
     z = an_gan.eval_noise(args, 1).expand(3, -1)
-    ends = an_gan.generate_classes(G, z, torch.tensor([1, 3, 0])).int()
+    ends = an_gan.generate(G, z, torch.tensor([1, 3, 0])).int()
     for row, end in ((0, 0), (4, 1), (10, 1), (14, 2)):
         assert (rows[row].int() - ends[end]).abs().max() <= 1
     assert an_gan.interpolation(make(model="sngan"), G, [1, 3], count=5).shape[0] == 5

@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-import tyro
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -787,12 +786,17 @@ def test_runs_of_other_data_are_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------
 def photo_args(*flags, image="photo.png"):
     """Args as the command line resolves them for one photograph."""
-    brought = gca_gan.MODELS["consingan"].split()
-    return tyro.cli(Args, args=[*brought, "--model", "consingan", "--image", str(image), *flags])
+    return gca_gan.parse(["--model", "consingan", "--image", str(image), *flags])
 
 
 def pyramid(args, height=40, width=60):
     return [torch.rand(1, 3, *size) * 2 - 1 for size in gca_gan.pyramid_shapes(args, height, width)]
+
+
+def test_what_follows_from_other_flags_is_not_settled_by_the_models_defaults():
+    args = photo_args("--stages", "3", "--niter", "10", "--block", "gca", image="my photo.jpg")
+    assert args.total_steps == 30 and args.exp_name == "consingan-gca-my photo"
+    assert photo_args("--total-steps", "7").total_steps == 7
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,8 @@ def test_fid_real_spreads_over_the_whole_data_set(monkeypatch, tmp_path):
     monkeypatch.setattr(giu_gan.fid, "dataset_moments", lambda net, x, *a, **k: seen.append(x))
     monkeypatch.setattr(giu_gan.fid, "score_generator", lambda *a: {"fid": 1.0})
     args = Args(fid_real=30, fid_num=10)
-    giu_gan.score(args, Inception(), nn.Identity(), images, tmp_path / "x.npy")
+    z = giu_gan.eval_noise(args, 10)
+    giu_gan.score(args, Inception(), nn.Identity(), images, tmp_path / "x.npy", z)
     (picked,) = seen
     assert len(picked) == 30 and picked.max() >= 48 and len(np.unique(picked)) == 30
 
@@ -442,5 +443,5 @@ def test_processes_score_the_generator_of_the_checkpoint(monkeypatch, tmp_path):
 
     G = nn.BatchNorm2d(3)
     images = np.zeros((4, 3, 2, 2), np.uint8)
-    giu_gan.score(Args(fid_num=10), Inception(), G, images, tmp_path / "x.npy")
+    giu_gan.score(Args(), Inception(), G, images, tmp_path / "x.npy", torch.zeros(10, 3))
     assert (G.running_mean == 7).all() and (G.running_var == 7).all()

@@ -562,7 +562,7 @@ def test_the_attention_figure_shows_what_the_maps_hold():
 def write_run(folder, method, dataset="mnist", fids=(), seed=1, name=None, **flags):
     run = folder / f"sagan_div__{dataset}__{name or method}__s{seed}"
     run.mkdir(parents=True)
-    flags = {**sagan_div.RECIPES["paper"].get(method, {}), "exp_name": name or method, **flags}
+    flags = {**sagan_div.DEFAULTS.get(("paper", method), {}), "exp_name": name or method, **flags}
     args = vars(sagan_div.Args(method=method, dataset=dataset, seed=seed, **flags))
     (run / "args.json").write_text(json.dumps({"args": args}))
     lines = [{"step": 100 * i, "metric/fid": value} for i, value in enumerate(fids, 1)]
@@ -577,6 +577,8 @@ def test_tables_from_run_folders(tmp_path):
     write_run(tmp_path, "d", fids=[3], seed=3, attn_blocks=("none",))  # an ablation is not d
     write_run(tmp_path, "sngan", fids=[2], fid_weights="random")
     write_run(tmp_path, "dcgan", "fashion-mnist")
+    with open(tmp_path / "sagan_div__mnist__a__s1" / "log.jsonl", "a") as file:
+        file.write('{"step": 200, "metr')  # a run that is writing, or was killed
     text = sagan_div.compare_methods(tmp_path)
     assert "| mnist | d | 55.6425 | 45.0000 (2) |" in text
     assert "| mnist | b | 59.8766 | 60.0000 (1) |" in text

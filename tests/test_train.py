@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -73,16 +76,7 @@ def test_a_run_leaves_what_it_says(script, call):
 
 @every_script
 def test_evaluate_sample_and_figures_of_a_checkpoint(script, call):
-    few = [
-        "--fid-num",
-        "10",
-        "--fid-real",
-        "12",
-        "--fid-batch-size",
-        "5",
-        "--fid-weights",
-        "random",
-    ]
+    few = "--fid-num 10 --fid-real 12 --fid-batch-size 5 --fid-weights random".split()
     code, out, err = call(script, *tiny(script, "--eval-every", "4", *few))
     assert code == 0, err
     folder = run_folder()
@@ -103,8 +97,7 @@ def test_evaluate_sample_and_figures_of_a_checkpoint(script, call):
     assert len(list((folder / "generated").rglob("*.png"))) == 5
     code, _, err = call(script, *args, "--mode", "sample", "--num-samples", "3")
     assert code == 0, err
-    if script not in ("an_gan", "an_inpaint"):  # those name their files by class and by photograph
-        assert len(list((folder / "generated").rglob("*.png"))) == 3  # none of the five stayed
+    assert len(list((folder / "generated").rglob("*.png"))) == 3  # none of the five stayed
     code, _, err = call(script, *args, "--mode", "figures", "--num-samples", "4")
     assert code == 0, err
     assert list((folder / "figures").glob("*.png"))
@@ -115,6 +108,30 @@ def test_every_variant_trains(script, flags, call):
     code, _, err = call(script, *tiny(script, *flags.split(), "--total-steps", "2"))
     assert code == 0, err
     assert log(run_folder())[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "shown"),
+    [
+        ("gca_gan", "", "--total-steps INT generator updates to train for (default: 39550)"),
+        ("gca_gan", "--model sagan", "(default: 100000)"),
+        ("gca_gan", "--model consingan", "generated images of an evaluation (default: 10)"),
+        ("sagan_div", "--method wgan-div", "updates per generator update (default: 4)"),
+        ("sagan_div", "--recipe author --method c", "(default: 0.999)"),
+    ],
+)  # fmt: skip
+def test_help_shows_the_defaults_of_the_row(script, flags, shown, call):
+    code, out, _ = call(script, *flags.split(), "--help")
+    assert code == 0 and shown in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("script", ["sagan_div", "gca_gan"])
+def test_a_given_flag_wins_over_its_row(script):
+    parse = importlib.import_module(script).parse
+    row = {"sagan_div": "--method wgan-div", "gca_gan": "--model sagan"}[script].split()
+    theirs, ours = parse(row), parse(["--g-lr", "0.5", *row, "--exp-name", "mine"])
+    assert ours.g_lr == 0.5 != theirs.g_lr and ours.exp_name == "mine"
+    assert (ours.d_lr, ours.n_critic, ours.z_dim) == (theirs.d_lr, theirs.n_critic, theirs.z_dim)
 
 
 @every_script
@@ -408,6 +425,49 @@ def test_recorded_updates_are_the_plain_ones(script, call, monkeypatch):
     assert log(plain) == log(graphs)
     a, b = state(plain)["parts"], state(graphs)["parts"]
     assert same([a["G"], a["D"]], [b["G"], b["D"]])
+
+
+def compiled_and_plain(script, call, *flags):
+    """Runs of the same flags with and without --compile, through a gradient penalty where there is
+    one: both folders."""
+    flags = ["--log-every", "1", *flags, *["--loss", "wgan-gp"][: 2 * (script == "gca_gan")]]
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        code, _, err = call(script, *tiny(script, *flags, "--exp-name", name, *more))
+        assert code == 0, err
+    plain, compiled = (next(Path("runs").glob(f"*__{name}__*")) for name in ("plain", "compiled"))
+    for a, b in zip(log(plain), log(compiled), strict=True):
+        for key in (key for key in a if key.startswith(("loss/", "logit/", "grad/"))):
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-4), key
+    return plain, compiled
+
+
+@every_script
+def test_compiled_passes_are_the_plain_ones(script, call, monkeypatch):
+    """Within rounding; a penalty's second derivative, which cannot be compiled, is left plain."""
+    parts, compile_ = [], torch.compile
+    traced = functools.partial(compile_, backend="aot_eager")  # traced like all, but kernels kept
+    monkeypatch.setattr(torch, "compile", lambda part: parts.append(part) or traced(part))
+    compiled_and_plain(script, call, "--total-steps", "3")
+    assert {type(part).__name__ for part in parts} >= {"Generator", "Discriminator"}
+
+
+@pytest.mark.storm
+@every_script
+def test_compiled_kernels_are_the_plain_ones(script, call):
+    """With real kernels: within rounding, and a resumed run is the whole one bit for bit."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU")
+    frozen = ["--no-self-sampling"] if script in ("an_gan", "an_inpaint") else []  # own random keys
+    _, whole = compiled_and_plain(script, call, *frozen)
+    whole = log(whole), state(whole)
+    shutil.rmtree("runs")
+    flags = tiny(script, "--log-every", "1", *frozen, "--exp-name", "compiled", "--compile")
+    flags += ["--loss", "wgan-gp"][: 2 * (script == "gca_gan")]
+    assert call(script, *flags, "--total-steps", "2")[0] == 0
+    torch.compiler.reset()
+    assert call(script, *flags, "--resume")[0] == 0
+    (folder,) = Path("runs").iterdir()
+    assert log(folder) == whole[0] and same(state(folder), whole[1])
 
 
 @every_script

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -145,8 +144,7 @@ def block(rounds=15):
 
 def photo_args(*flags):
     model = ("--model", "consingan", "--log-every", "1000", "--sample-every", "0")
-    brought = gca_gan.MODELS["consingan"].split()
-    return tyro.cli(gca_gan.Args, args=[*brought, *model, *flags])
+    return gca_gan.parse([*model, *flags])
 
 
 def clock():

@@ -9,12 +9,13 @@ optimisers:
 
 bare    the updates alone, on one fixed batch and fixed noise: no data, bookkeeping or log
 train   what the script does
+compile the same with --compile, and cuda_graphs with --cuda-graphs
 naive   what many repositories do: a DataLoader that decodes every image at every step, `.item()` of
         every term at every step, attention with its map in memory, involution by unfold, AN's
         regions one by one
 
 Files are JPEGs of the size that is trained at. Networks are the paper's; 32x32 for giu_gan and
-an_gan, 64x64 for the others. With --profile, also the share of each kind of operation in the time
+an_gan, 64x64 for the others; of an_inpaint, which has no naive form, phase 2. With --profile, also the share of each kind of operation in the time
 of train(), and multiply-adds a second against those of a large matrix product and convolution.
 """
 
@@ -50,7 +51,9 @@ ALL = [
     *[("gca_gan", f"--model dcgan --block {m}") for m in ("none", "nl", "gca")],
     *[("gca_gan", f"--model sagan --block {m}") for m in ("nl", "gca")],
     *[("an_gan", f"--img-size 32 --model {m}") for m in ("an", "sagan", "sngan-star", "sngan")],
+    *[("an_inpaint", f"--img-size 64 --refine {m}") for m in ("an", "ca", "sa", "plain", "none")],
 ]
+MORE = {"an_gan": "--num-classes 10", "an_inpaint": "--phase1-steps 1 --phase2-steps 999"}
 
 
 def photographs(folder, side, count=512):
@@ -108,7 +111,9 @@ def replaced(places):
 
 def guise(module, kind, stamps, files):
     """What replaces the functions of a script, with the time of each step noted in `stamps`."""
-    run, endless = module.Run, module.endless_batches
+    run, reader = module.Run, "endless_batches"
+    reader = reader if hasattr(module, reader) else "endless_crops"
+    endless = getattr(module, reader)
     collect, draw = run.collect, run.draw
 
     def stamped(self, terms):
@@ -134,7 +139,7 @@ def guise(module, kind, stamps, files):
             return noise[sampler, shape]
 
         places[run, "draw"] = fixed
-        places[module, "endless_batches"] = lambda *a: itertools.repeat(next(endless(*a)))
+        places[module, reader] = lambda *a: itertools.repeat(next(endless(*a)))
     if kind == "naive":
 
         def loaded(images, labels, args, device, index):
@@ -149,7 +154,7 @@ def guise(module, kind, stamps, files):
                 for real, y in loader:
                     yield real.to(device), y.to(device)
 
-        places[module, "endless_batches"] = loaded
+        places[module, reader] = loaded
         places[module, "attend"] = explicit_attention
         places[module, "involution"] = unfolded
         if hasattr(module, "AttentiveNorm"):
@@ -169,6 +174,8 @@ def arguments(module, flags, batch, steps, data, out):
 def rate(module, kind, args, files):
     """Steps/s of train() in one guise, without its first two steps."""
     stamps = []
+    if kind in ("compile", "cuda_graphs"):
+        setattr(args, kind, True)
     with replaced(guise(module, kind, stamps, files)), redirect_stdout(io.StringIO()):
         module.train(args)
     return (len(stamps) - 3) / (stamps[-1] - stamps[2])
@@ -229,16 +236,14 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {device}{threads}, batch {options.batch_size}, steps/s")
-    print(f"{'':44}" + "".join(f"{kind:>9}" for kind in options.kinds) + "  train/bare  train/naive")
+    print(f"{'':44}" + "".join(f"{kind:>9}" for kind in options.kinds))
     with tempfile.TemporaryDirectory() as folder:
         folder, number = Path(folder), itertools.count()
         for script, model in ALL if options.all else USUAL:
             if options.scripts and script not in options.scripts:
                 continue
             module = importlib.import_module(script)
-            flags = f"{model} {options.flags}"
-            if script == "an_gan":
-                flags += " --num-classes 10"
+            flags = f"{model} {MORE.get(script, '')} {options.flags}"
             side = arguments(module, flags, 1, 1, folder, folder).img_size
             data = folder / f"photographs-{side}"
             if not data.exists():
@@ -255,9 +260,10 @@ def main():
             middle = {kind: statistics.median(found) for kind, found in rates.items()}
             line = f"{script} {model}".ljust(44) + "".join(f"{v:9.2f}" for v in middle.values())
             if "train" in middle and "bare" in middle:
-                line += f"{middle['train'] / middle['bare']:12.1%}"
-            if "train" in middle and "naive" in middle:
-                line += f"{middle['train'] / middle['naive']:12.2f}x"
+                line += f"  train / bare {middle['train'] / middle['bare']:.1%}"
+            for kind in ("naive", "compile", "cuda_graphs"):
+                if "train" in middle and kind in middle:
+                    line += f"  train / {kind} {middle['train'] / middle[kind]:.2f}"
             print(line, flush=True)
             if options.profile:
                 profile(module, args, middle["train"], device)
