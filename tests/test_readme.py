@@ -90,7 +90,7 @@ def data(monkeypatch):
     for folder in ("photos", "masks", "imagenet", "cifar10-train", "paris/train", "paris/val",
                    "paris_views"):  # fmt: skip
         Path(folder).mkdir(parents=True)
-        for i in range(40 if folder in ("photos", "imagenet") else 5):
+        for i in range(40 if folder in ("photos", "masks", "imagenet") else 5):
             noise = Image.effect_noise((300, 260), 50 + i)
             noise.point(lambda v: 255 * (v > 128)).convert("RGB").save(f"{folder}/{i}.png")
     for name in ("photo.jpg", "hole.png"):
