@@ -274,7 +274,11 @@ class SpectralNorm(_SpectralNorm):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            return super().forward(weight)
+            if not (self.training and torch.compiler.is_compiling()):
+                return super().forward(weight)
+            matrix = self._reshape_weight_to_matrix(weight)
+            u, v = fid.power_iteration(matrix.detach(), self._u, self._v, self.eps)
+            return weight / torch.vdot(u, torch.mv(matrix, v))
 
 
 def spectral_norm(layer: nn.Module) -> nn.Module:
@@ -1279,20 +1283,15 @@ def train(args: Args) -> dict[str, float]:
     any_class = functools.partial(torch.randint, args.num_classes)
     d_real, d_fake, g_fake = HINGE
     n, stop, metrics = args.batch_size, False, {}
-
-    def d_logits(real: Tensor, y: Tensor, fake: Tensor, fake_y: Tensor) -> tuple[Tensor, ...]:
-        # One by one: with --region-stats bn a joint batch would mix their statistics.
-        return *D(real, y), D(fake, fake_y)[0]
-
-    forward_G, forward_D, d_logits = (
-        torch.compile(part) if args.compile else part for part in (G, D, d_logits)
-    )
+    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
     def d_update(real: Tensor, y: Tensor, z: Tensor, fake_y: Tensor) -> dict[str, Tensor]:
         with run.autocast():
             with torch.no_grad():
                 fake = forward_G(z, fake_y).float()
-            real_logits, real_classes, fake_logits = d_logits(real, y, fake, fake_y)
+            # One by one: with --region-stats bn a joint batch would mix their statistics.
+            real_logits, real_classes = forward_D(real, y)
+            fake_logits, _ = forward_D(fake, fake_y)
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
         d_loss_class, d_reg = class_loss(real_classes, y), orthogonality(D)
         d_loss = d_loss_real + d_loss_fake + d_loss_class + args.lambda_ortho * d_reg

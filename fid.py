@@ -473,6 +473,23 @@ def graphed(update: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str,
     return call
 
 
+@torch.library.custom_op("fid::power_iteration", mutates_args=("u", "v"))
+def power_iteration(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """A step of spectral norm's power iteration of matrix (H, W) on u (H,), v (W,); their copies.
+
+    One operation for torch.compile. Left to itself, it (2.15) works parts of a small matrix's out
+    again for the gradient, from u and v as they are by then: one step on, and the gradient wrong.
+    """
+    F.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
+    F.normalize(torch.mv(matrix.T, u), dim=0, eps=eps, out=v)
+    return u.clone(), v.clone()
+
+
+@power_iteration.register_fake
+def _(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), torch.empty_like(v)
+
+
 # --------------------------------------------------------------------------------------------------
 # 4. Networks
 # --------------------------------------------------------------------------------------------------

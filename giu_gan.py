@@ -273,7 +273,11 @@ class SpectralNorm(_SpectralNorm):
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
-            return super().forward(weight)
+            if not (self.training and torch.compiler.is_compiling()):
+                return super().forward(weight)
+            matrix = self._reshape_weight_to_matrix(weight)
+            u, v = fid.power_iteration(matrix.detach(), self._u, self._v, self.eps)
+            return weight / torch.vdot(u, torch.mv(matrix, v))
 
 
 def spectral_norm(layer: nn.Module) -> nn.Module:
