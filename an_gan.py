@@ -49,7 +49,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -208,7 +208,7 @@ class Args:
 
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples", "entities",
+    "save_every", "fid_num", "fid_batch_size", "num_samples", "entities",
 )  # fmt: skip
 AN_FLAGS = (
     "entities", "region_stats", "self_sampling", "lambda_ortho", "an_reading", "an_value", "tau",
@@ -222,6 +222,14 @@ def require(rule: bool, flag: str, must: str, value: object) -> None:
         raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
 
 
+def stay(args: Args, usual: object, flags: Iterable[str], where: str) -> None:
+    """Refuse flags that mean nothing here unless they are as usual (fid.UserError)."""
+    for flag in flags:
+        value, default = getattr(args, flag), getattr(usual, flag)
+        shown = default if type(default) in (int, float) else default or "off"
+        require(value == default, flag, f"stay {shown} {where}", value)
+
+
 def check_common(args: Args) -> None:
     """Refuse what no script can run (fid.UserError)."""
     for flag, value in asdict(args).items():
@@ -230,7 +238,6 @@ def check_common(args: Args) -> None:
             require(least <= value < math.inf, flag, f"be at least {least}", value)
     for flag in ("beta1", "beta2"):
         require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
-    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     world = int(os.environ.get("WORLD_SIZE", 1))
     must = f"be a multiple of the {world} processes"
     require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
@@ -242,8 +249,10 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
-    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
-    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
+    alone = world == 1 or ":" not in args.device
+    require(alone, "device", "be auto, cpu or cuda with several processes", args.device)
+    graphs, one_gpu = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(one_gpu or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -257,12 +266,11 @@ def check_args(args: Args) -> None:
     must = "be a folder with a subfolder per class (any tree of images: add --num-classes 1)"
     require(args.num_classes > 0 or args.mode != "train", "data_dir", must, args.data_dir)
     require(args.img_size in (32, 64, 128), "img_size", "be 32, 64 or 128", args.img_size)
+    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     require(args.tau > 0, "tau", "be above 0", args.tau)
     blocks = args.d_blocks == 5 or args.img_size == 128
     require(blocks, "d_blocks", "be 5 but for --img-size 128", args.d_blocks)
-    for flag in AN_FLAGS if args.model != "an" else ():
-        value, default = getattr(args, flag), getattr(Args, flag)
-        require(value == default, flag, f"stay {default} without --model an", value)
+    stay(args, Args, AN_FLAGS if args.model != "an" else (), "without --model an")
     require(args.intra_num != 1, "intra_num", "be 0 or at least 2", args.intra_num)
 
 
@@ -757,10 +765,11 @@ def endless_batches(
 # 7. Run
 # --------------------------------------------------------------------------------------------------
 FORMAT = 2  # of the checkpoints; 2: channels last, in which the moments lie too
+load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
     "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
-    "num_samples", "fid_batch_size", "intra_num", "bn_batches", "figure_classes",
+    "num_samples", "fid_batch_size", "intra_num", "figure_classes",
 }  # fmt: skip
 
 
@@ -787,19 +796,6 @@ def run_folder(args: Args) -> Path:
     """Where a run with these flags lives."""
     name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
     return Path(args.out_dir) / name
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
-    try:
-        state = fid.read_checkpoint(path)
-        origin = state["script"], state["format"]
-    except Exception as error:  # the unpickler of a damaged file can raise anything
-        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
-        raise fid.UserError(f"{path} is {reason}") from error
-    if origin != (Path(__file__).stem, FORMAT):
-        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
-    return state
 
 
 class Run:
@@ -1059,9 +1055,7 @@ def score(
     """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
-    if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
-        for buffer in G.buffers():  # which the checkpoint holds
-            fid.collective(dist.broadcast, buffer, 0)
+    fid.same_buffers(G)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
 
@@ -1113,6 +1107,16 @@ def an_module(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor]:
     return an, seen[0]
 
 
+def layout_use(layout: Tensor) -> tuple[float, float]:
+    """Entropy over ln n of a layout (N, n, H, W), 1 = uniform, and the entities in use.
+
+    An entity is in use where its mean share exceeds 0.5 / n.
+    """
+    n, share = layout.shape[1], layout.mean(dim=(0, 2, 3))
+    entropy = torch.special.entr(layout).sum(dim=1).mean() / max(math.log(n), 1e-12)
+    return entropy.item(), (share > 0.5 / n).sum().item()
+
+
 @torch.no_grad()
 def diagnostics(args: Args, nets: dict[str, tuple]) -> dict[str, float]:
     """State of the long-range modules of nets {where: (net, *inputs)}: their gains, for the log.
@@ -1127,9 +1131,7 @@ def diagnostics(args: Args, nets: dict[str, tuple]) -> dict[str, float]:
         if args.model != "an":
             continue
         an, x = an_module(net, *inputs)
-        s, n = an.eval().layout(x), args.entities
-        entropy = torch.special.entr(s).sum(dim=1).mean().item() / math.log(max(n, 2))
-        used = (s.mean(dim=(0, 2, 3)) > 0.5 / n).sum().item()
+        entropy, used = layout_use(an.eval().layout(x))
         values |= {f"train/rho_{where}": an.rho.item(), f"train/an_std_{where}": an(x).std().item()}
         values |= {f"train/layout_entropy_{where}": entropy, f"train/entities_used_{where}": used}
         values |= {f"train/t_{where}": an.t.mean().item()} if args.self_sampling else {}
@@ -1143,8 +1145,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
-    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
+    here = {"deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"bn_batches", "eval_mask", "invert_mask"} & asdict(args).keys()
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1237,10 +1239,9 @@ def figures(args: Args) -> None:
         require(0 <= label < args.num_classes, "figure_classes", must, label)
     G, target, size = settled(args, G), folder / "figures", args.img_size
     target.mkdir(exist_ok=True)
-    paper = args.num_classes == 1000
+    paper = args.num_classes == 1000 and not args.figure_classes
     few = list(args.figure_classes or range(min(4, args.num_classes)))
-    classes = [970, 992, 540, 780] if paper and not args.figure_classes else few
-    path = [156, 14, 780] if paper and not args.figure_classes else few
+    classes, path = ([970, 992, 540, 780], [156, 14, 780]) if paper else (few, few)
     z = eval_noise(args, 8).repeat(len(classes), 1)
     y = torch.tensor(classes).repeat_interleave(8)
     images = generate(G, z, y).cpu()

@@ -9,7 +9,7 @@ its features split softly into regions, each normalised by itself (attentive nor
 place of contextual attention (CA) or self-attention. Section 5.3 of the paper; first by
 reconstruction alone, then against Wasserstein critics too.
 
-    python an_inpaint.py --data-dir paris --eval-every 5000           # Table 3, AN
+    python an_inpaint.py --data-dir paris                             # Table 3, AN
     python an_inpaint.py --dataset folder --data-dir photos --img-size 128
     python an_inpaint.py --mode inpaint --checkpoint runs/.../checkpoint.pt \\
         --image photo.jpg --mask hole.png --output filled.png         # white = missing
@@ -48,7 +48,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -99,7 +99,8 @@ class Args:
     data_dir: str = "data"
     """folder of the data set and of the cache of its decoded images"""
     eval_from: str = ""
-    """folder of held-out images; empty: val/ or test/ of paris-streetview, else each 20th image"""
+    """folder of held-out images; empty: val/ or test/ of paris-streetview, else each 20th image,
+    which is never trained on"""
     img_size: int = 256
     """side of the square images in pixels; 0: the paper's for the data set"""
     resize: bool = True
@@ -114,7 +115,7 @@ class Args:
     d_ch: int = 64
     """base width of the discriminator, in channels"""
     # Optimisation
-    total_steps: int = 0
+    total_steps: int = 0  # 0: both phases
     """generator updates to train for"""
     batch_size: int = 16
     """images per update, shared out over the processes"""
@@ -228,7 +229,11 @@ class Args:
 
 POSITIVE = (
     "img_size", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples", "entities", "box",
+    "save_every", "fid_num", "fid_batch_size", "num_samples", "entities", "box",
+)  # fmt: skip
+AN_FLAGS = (
+    "entities", "region_stats", "self_sampling", "lambda_ortho", "an_reading", "an_value", "tau",
+    "entity_init",
 )  # fmt: skip
 
 
@@ -236,6 +241,14 @@ def require(rule: bool, flag: str, must: str, value: object) -> None:
     """Raise a fid.UserError such as `--kernel-size must be odd, got 4` unless the rule holds."""
     if not rule:
         raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
+
+
+def stay(args: Args, usual: object, flags: Iterable[str], where: str) -> None:
+    """Refuse flags that mean nothing here unless they are as usual (fid.UserError)."""
+    for flag in flags:
+        value, default = getattr(args, flag), getattr(usual, flag)
+        shown = default if type(default) in (int, float) else default or "off"
+        require(value == default, flag, f"stay {shown} {where}", value)
 
 
 def check_common(args: Args) -> None:
@@ -246,7 +259,6 @@ def check_common(args: Args) -> None:
             require(least <= value < math.inf, flag, f"be at least {least}", value)
     for flag in ("beta1", "beta2"):
         require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
-    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     world = int(os.environ.get("WORLD_SIZE", 1))
     must = f"be a multiple of the {world} processes"
     require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
@@ -258,8 +270,10 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
-    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
-    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
+    alone = world == 1 or ":" not in args.device
+    require(alone, "device", "be auto, cpu or cuda with several processes", args.device)
+    graphs, one_gpu = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(one_gpu or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -290,11 +304,10 @@ def check_args(args: Args) -> None:
     )  # fmt: skip
     for rule, flag, must in rules:
         require(rule, flag, must, getattr(args, flag))
-    an_flags = ("entities", "region_stats", "self_sampling", "lambda_ortho", "an_reading",
-                "an_value", "tau", "entity_init")  # fmt: skip
-    for flag in {"an": ("fuse",), "ca": an_flags}.get(args.refine, ("fuse", *an_flags)):
-        value, default = getattr(args, flag), getattr(Args, flag)
-        require(value == default, flag, f"stay {default} with --refine {args.refine}", value)
+    unused = {"an": ("fuse",), "ca": AN_FLAGS}.get(args.refine, ("fuse", *AN_FLAGS))
+    stay(args, Args, unused, f"with --refine {args.refine}")
+    stay(args, Args, () if args.mode == "inpaint" else ("output",), "without --mode inpaint")
+    stay(args, Args, () if args.mode == "figures" else ("compare",), "without --mode figures")
     for folder in filter(None, (args.mask_dir, args.eval_from)):
         fid.image_files(folder)  # raises where there are none
     for flag in ("image", "mask"):
@@ -576,16 +589,21 @@ class Generator(nn.Module):
         return coarse, self.decoder(torch.cat(maps, dim=1)).clamp(-1, 1)
 
 
+def strided(widths: Sequence[int]) -> list[nn.Module]:
+    """5x5 convolutions of stride 2 from an image on, each with a LeakyReLU."""
+    pairs = itertools.pairwise((3, *widths))
+    return [layer for a, b in pairs for layer in (conv2d(a, b, 5, 2), nn.LeakyReLU(0.2))]
+
+
 class Critic(nn.Module):
     """Images (N, 3, S, S) -> scores (N,): 5x5 convolutions of stride 2 and a linear layer."""
 
     def __init__(self, widths: Sequence[int], size: int) -> None:
         super().__init__()
-        layers = []
-        for c_in, c_out in itertools.pairwise((3, *widths)):
-            layers += [conv2d(c_in, c_out, 5, 2), nn.LeakyReLU(0.2)]
+        for _ in widths:
             size = (size + 1) // 2
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * size**2, 1))
+        linear = nn.Linear(widths[-1] * size**2, 1)
+        self.layers = nn.Sequential(*strided(widths), nn.Flatten(), linear)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten()
@@ -596,10 +614,7 @@ class PatchCritic(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        layers = []
-        for c_in, c_out in itertools.pairwise((3, *widths)):
-            layers += [conv2d(c_in, c_out, 5, 2), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers, conv2d(widths[-1], 1, 5, 2))
+        self.layers = nn.Sequential(*strided(widths), conv2d(widths[-1], 1, 5, 2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         scores = self.layers(x)
@@ -674,7 +689,7 @@ def reconstruction_loss(
 ) -> Tensor:
     """Summed L1 of both stages' outputs to the real images, before compositing."""
     if args.reconstruction == "full":
-        return (coarse - real).abs().mean() + (fine - real).abs().mean()  # Eq. 9
+        return (coarse - real).abs().mean() + (fine - real).abs().mean()  # the L1 of Eq. 9
     if args.reconstruction == "discount":
         weight = depth_discount(box, args.box, args.img_size)
         return 1.2 * mean_l1(coarse, real, mask, weight) + mean_l1(fine, real, mask, weight)
@@ -746,9 +761,13 @@ def open_source(args: Args, held_out: bool) -> tuple[Dataset, list[int]]:
     return source, list(range(len(source)))
 
 
-def mask_files(args: Args) -> dict[str, Path]:
-    """The files of --mask-dir by their names without suffix."""
-    return {path.stem: path for path in fid.image_files(args.mask_dir)}
+def by_name(flag: str, folder: str | Path) -> dict[str, Path]:
+    """The image files of a flag's folder by their names without suffix, each of which is one's."""
+    paths = fid.image_files(folder)
+    found = {path.stem: path for path in paths}
+    again = len(paths) - len(found)
+    require(again == 0, flag, "hold each name once", f"{again} of {len(paths)} again")
+    return found
 
 
 def load_photos(args: Args, held_out: bool) -> fid.Photos:
@@ -763,17 +782,14 @@ def load_photos(args: Args, held_out: bool) -> fid.Photos:
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
         path = Path(args.data_dir) / "cache" / f"photos-{args.img_size}-{digest}.npy"
         if not path.exists():
-            with fid.lock(path.with_name(f".{path.name}.lock"), f"{path.stem}*", wait=True):
-                if not path.exists():  # no other run made it meanwhile
-                    small = args.resize or not held_out
-                    fid.cache_photos(
-                        source, indices, path, args.img_size, args.resize, small, args.num_workers
-                    )
+            small, workers = args.resize or not held_out, args.num_workers
+            fid.cache_photos(source, indices, path, args.img_size, args.resize, small, workers)
         names = [file.stem for file in getattr(source, "files", [])]
         return str(path), [names[i] if names else f"{i:05d}" for i in indices]
 
     path, names = fid.on_main(prepare_cache)
-    if held_out and args.eval_mask == "file" and (missing := set(names) - mask_files(args).keys()):
+    masked = held_out and args.eval_mask == "file"
+    if masked and (missing := set(names) - by_name("mask_dir", args.mask_dir).keys()):
         has = f"{len(missing)} of {len(names)} images, such as {', '.join(sorted(missing)[:5])}"
         raise fid.UserError(f"{args.mask_dir} has no masks of the same name for {has}")
     return fid.Photos(Path(path), names)
@@ -854,7 +870,7 @@ def endless_crops(
     Batch b is a function of (seed, b) alone, with its crops and holes: a thread reads ahead.
     """
     cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
-    files = sorted(mask_files(args).values()) if args.train_mask == "file" else []
+    files = sorted(fid.image_files(args.mask_dir)) if args.train_mask == "file" else []
 
     @functools.lru_cache(1)
     def order(epoch: int) -> np.ndarray:
@@ -885,11 +901,11 @@ def endless_crops(
 # 7. Run
 # --------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the checkpoints
+load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "phase2_steps", "log_every",
     "sample_every", "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir",
-    "eval_from", "mask_dir", "num_samples", "fid_batch_size", "eval_mask", "compare",
-    "image", "mask", "output",
+    "eval_from", "mask_dir", "num_samples", "fid_batch_size", "compare", "image", "mask", "output",
 }  # fmt: skip
 
 
@@ -916,19 +932,6 @@ def run_folder(args: Args) -> Path:
     """Where a run with these flags lives."""
     name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
     return Path(args.out_dir) / name
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
-    try:
-        state = fid.read_checkpoint(path)
-        origin = state["script"], state["format"]
-    except Exception as error:  # the unpickler of a damaged file can raise anything
-        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
-        raise fid.UserError(f"{path} is {reason}") from error
-    if origin != (Path(__file__).stem, FORMAT):
-        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
-    return state
 
 
 class Run:
@@ -1170,12 +1173,14 @@ def quality(done: Tensor, raw: Tensor, real: Tensor, mask: Tensor) -> Tensor:
 
 def spread(count: int, wanted: int) -> list[int]:
     """`wanted` indices spread over `count`, or all of them where there are no more."""
-    return list(range(count))[:: max(1, count // wanted)][:wanted]
+    n = min(count, wanted)
+    return [i * count // n for i in range(n)]
 
 
 def held_out_holes(args: Args, photos: fid.Photos, indices: Sequence[int]) -> Tensor:
     """The holes (N, 1, S, S) of held-out images: functions of --eval-seed and the index alone."""
-    files, holes = mask_files(args) if args.eval_mask == "file" else {}, []
+    files = by_name("mask_dir", args.mask_dir) if args.eval_mask == "file" else {}
+    holes = []
     for i in indices:
         rng, own = np.random.default_rng((args.eval_seed, i)), [files.get(photos.names[i])]
         holes += [draw_hole(args, args.eval_mask, rng, own, test=True)[0]]
@@ -1190,6 +1195,7 @@ def score_completions(
     An infinite PSNR (nothing to tell apart) and an image without a hole are left out of a mean,
     which is said; None where nothing is left. FID: of the filled images to the held-out ones.
     """
+    fid.same_buffers(G)
     picks, size = spread(len(photos), args.fid_num), args.fid_batch_size
     reals = spread(len(photos), args.fid_real or len(photos))
     table = torch.zeros(len(picks), len(METRICS), dtype=torch.double)
@@ -1228,8 +1234,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
-    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
+    here = {"deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"bn_batches", "eval_mask", "invert_mask"} & asdict(args).keys()
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1280,15 +1286,15 @@ def sample(args: Args) -> None:
 
 
 @torch.no_grad()
-def layout_of(G: nn.Module, image: Tensor, mask: Tensor) -> Tensor:
-    """Layout S (N, n, H / 4, W / 4) of the AN module for masked images, self-sampling off."""
-    inputs, training = [], G.training
-    hook = G.module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    G.eval()(image, mask)
+def an_module(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor]:
+    """A network's AN module and the features (N, C, H, W) that reach it in eval mode."""
+    an = next(module for module in net.modules() if isinstance(module, AttentiveNorm))
+    seen, training = [], net.training
+    hook = an.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net.eval()(*inputs)
     hook.remove()
-    layout = G.module.layout(inputs[0])
-    G.train(training)
-    return layout
+    net.train(training)
+    return an, seen[0]
 
 
 def layout_use(layout: Tensor) -> tuple[float, float]:
@@ -1311,7 +1317,9 @@ def figures(args: Args) -> None:
     if args.refine == "an":
         picks = spread(len(photos), min(n, 8))
         real, mask = photos.centres(picks, args.img_size), held_out_holes(args, photos, picks)
-        layout = layout_of(G, real.to(device) / 127.5 - 1, mask.to(device)).cpu()
+        an, x = an_module(G, real.to(device) / 127.5 - 1, mask.to(device))
+        with torch.no_grad():
+            layout = an.layout(x).cpu()
         low, high = (f(layout, dim=(2, 3), keepdim=True) for f in (torch.amin, torch.amax))
         maps = F.interpolate((layout - low) / (high - low).clamp_min(1e-12), scale_factor=4)
         image = torch.where(mask > 0, 128, real)
@@ -1335,11 +1343,7 @@ def photo_pairs(args: Args, folder: Path) -> list[tuple[Path, Path, Path]]:
         require(output.suffix.lower() == ".png", "output", "end in .png: JPEG would lose", output)
         pairs = [(image, mask, output)]
     else:
-        files = [fid.image_files(folder) for folder in (image, mask)]
-        images, masks = ({path.stem: path for path in paths} for paths in files)
-        for flag, paths, names in zip(("image", "mask"), files, (images, masks)):
-            again = len(paths) - len(names)
-            require(again == 0, flag, "hold each name once", f"{again} of {len(paths)} again")
+        images, masks = by_name("image", image), by_name("mask", mask)
         odd = sorted(images.keys() ^ masks.keys())
         if odd:
             text = f"{len(odd)} names stand in one of them only, such as {', '.join(odd[:5])}"
@@ -1364,7 +1368,7 @@ def inpaint(args: Args) -> None:
             raise fid.UserError(f"{image} is {width}x{height} pixels: at least 8x8 are needed")
         return pixels, read_mask(mask, (height, width), args.invert_mask)
 
-    for image, mask, _ in pairs[: len(pairs) if len(pairs) > 1 else 0]:
+    for image, mask, _ in pairs if len(pairs) > 1 else ():
         read(image, mask)  # nothing is written where one of them is unfit
     for image, mask, output in pairs:
         pixels, hole = read(image, mask)
@@ -1385,16 +1389,19 @@ def batches_before(args: Args, step: int) -> int:
     return step + args.n_critic * max(0, step - args.phase1_steps)
 
 
+@torch.no_grad()
 def module_terms(G: Generator, real: Tensor, mask: Tensor) -> dict[str, float]:
     """What to log of the second stage's module."""
     if isinstance(G.module, PooledAttention):
         return {"train/gamma_g": G.module.gamma.item()}
     if not isinstance(G.module, AttentiveNorm):
         return {}
-    entropy, used = layout_use(layout_of(G, real, mask))
-    terms = {"train/rho": G.module.rho.item(), "train/layout_entropy": entropy}
-    t = {"train/t": G.module.t.mean().item()} if G.module.sampling else {}
-    return {**terms, "train/entities_used": used, **t}
+    an, x = an_module(G, real, mask)
+    entropy, used = layout_use(an.eval().layout(x))
+    an.train(G.training)
+    terms = {"train/rho_g": an.rho.item(), "train/layout_entropy_g": entropy}
+    terms |= {"train/t_g": an.t.mean().item()} if an.sampling else {}
+    return terms | {"train/entities_used_g": used}
 
 
 def train(args: Args) -> dict[str, float]:
@@ -1406,9 +1413,9 @@ def train(args: Args) -> dict[str, float]:
     held_out = load_photos(args, held_out=True) if shown else None
     torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
     G, D = Generator(args).to(device), Discriminator(args).to(device)
-    moments = args.beta1, args.beta2
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, moments, fused=True)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, moments, fused=True)
+    adam = {"betas": (args.beta1, args.beta2), "fused": True}
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_crops(photos, args, device, batches_before(args, run.step))
     n, stop, metrics = args.batch_size, False, {}
@@ -1429,7 +1436,7 @@ def train(args: Args) -> dict[str, float]:
             d_reg = critics_penalty(
                 D, real, fake, mask, box, args.gp_region, lambda: run.draw(torch.rand, n, 1, 1, 1)
             )
-            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
+            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg  # Eq. 10
             d_norm = run.update(d_loss, "D")
 
         real, mask, box = next(batches)
@@ -1439,14 +1446,14 @@ def train(args: Args) -> dict[str, float]:
             if adversarial:
                 g_loss_adv = -forward_D(composite(fine, real, mask), mask, box).float().mean()
         g_loss_rec = reconstruction_loss(args, coarse, fine, real, mask, box)
-        g_loss_ortho = orthogonality(G)
-        g_loss = args.lambda_rec * g_loss_rec + args.lambda_adv * g_loss_adv
-        g_loss = g_loss + args.lambda_ortho * g_loss_ortho
+        g_reg = orthogonality(G)
+        g_loss = args.lambda_rec * g_loss_rec + args.lambda_adv * g_loss_adv  # Eq. 9
+        g_loss = g_loss + args.lambda_ortho * g_reg
         g_norm = run.update(g_loss, "G")
 
         terms = {
             "loss/d": d_loss, "loss/g": g_loss,
-            "loss/g_rec": g_loss_rec, "loss/g_adv": g_loss_adv, "loss/g_ortho": g_loss_ortho,
+            "loss/g_rec": g_loss_rec, "loss/g_adv": g_loss_adv, "loss/g_reg": g_reg,
             "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg,
             "logit/real": -d_loss_real, "logit/fake": d_loss_fake, "grad/d_norm": d_norm,
             "grad/g_norm": g_norm, "train/saturated": (fine.detach().abs() >= 1).float().mean(),

@@ -247,6 +247,13 @@ def on_main(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def same_buffers(net: nn.Module) -> None:
+    """Give every process the first's buffers: batch norm's statistics are each process's own."""
+    if processes()[1] > 1:
+        for buffer in net.buffers():
+            collective(dist.broadcast, buffer, 0)
+
+
 def sum_processes(*tensors: Tensor) -> None:
     """Sum tensors over all processes, in place, whichever device the backend needs."""
     if processes()[1] > 1:
@@ -397,6 +404,19 @@ def read_checkpoint(path: Path) -> Any:
         if name := archive.testzip() or "".join(marked[:1]):
             raise ValueError(f"{name} is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_checkpoint(script: str, version: int, path: Path) -> dict[str, Any]:
+    """A checkpoint of a script; UserError where it is missing, damaged, or of another one."""
+    try:
+        state = read_checkpoint(path)
+        origin = state["script"], state["format"]
+    except Exception as error:  # the unpickler of a damaged file can raise anything
+        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
+        raise UserError(f"{path} is {reason}") from error
+    if origin != (script, version):
+        raise UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
+    return state
 
 
 def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any], path: Path) -> None:
@@ -1467,9 +1487,19 @@ def cache_photos(
 
     With `fit` their shorter sides become `side` pixels, else only those of smaller ones.
 
-    The array appears complete or not at all, after the table. Raises: UserError for too little free
-    disk, images smaller than `side` unless `small` ones are welcome, and all unreadable ones.
+    The array appears complete or not at all, after the table; where another run is at it, its file
+    is waited for and taken. Raises: UserError for too little free disk, images smaller than `side`
+    unless `small` ones are welcome, and all unreadable ones.
     """
+    with lock(path.with_name(f".{path.name}.lock"), f"{path.stem}*", wait=True):
+        if not path.exists():
+            _fill_photos(source, indices, path, side, fit, small, num_workers)
+
+
+def _fill_photos(
+    source: Dataset, indices: list[int], path: Path, side: int, fit: bool, small: bool,
+    num_workers: int,
+) -> None:  # fmt: skip
     sizes, least = [], 0
     for index in indices:
         try:  # the header only
@@ -1629,6 +1659,13 @@ def write_images(
     say(f"{len(images)} images in {target}, a grid in {folder / 'generated.png'}")
 
 
+def run_label(folder: Path) -> str:
+    """RANDOM_LABEL where the scores of a run folder's log are of random features, else nothing."""
+    about = folder / "args.json"
+    args = json.loads(about.read_text())["args"] if about.exists() else {}
+    return RANDOM_LABEL if args.get("fid_weights") == "random" else ""
+
+
 def plot(path: Path, log: Path, keys: list[str]) -> None:
     """Draw values of log.jsonl over the step, a panel for each key, as a PNG."""
     records = read_records(log)
@@ -1643,7 +1680,9 @@ def plot(path: Path, log: Path, keys: list[str]) -> None:
         draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
         draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
         text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
-        draw.text((20, top + 10), f"{text}, step {steps[0]:.0f} to {steps[-1]:.0f}", "black")
+        text += f", step {steps[0]:.0f} to {steps[-1]:.0f}"
+        label = f"; {run_label(log.parent)}" if key == "metric/fid" else ""
+        draw.text((20, top + 10), text + label.rstrip("; "), "black")
     save_png(path, image)
 
 

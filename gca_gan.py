@@ -60,7 +60,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -254,6 +254,11 @@ class Args:
             self.total_steps = self.total_steps or max(1, self.stages * self.niter)
 
 
+POSITIVE = (
+    "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
+    "save_every", "fid_num", "fid_batch_size", "num_samples", "stages", "niter", "train_depth",
+    "g_steps", "num_layer",
+)  # fmt: skip
 ROW = ("model",)  # the flag that names a row of the table
 DEFAULTS = {  # of the models, where Args has not theirs; it has DCGAN's
     ("sagan",): {
@@ -271,11 +276,6 @@ PHOTO = FIELDS[FIELDS.index("image") :]  # flags of consingan alone
 NO_PHOTO = (  # flags that it does not read
     "data_dir", "download", "img_size", "crop", "hflip", "num_workers", "z_dim", "fid_real",
     "fid_batch_size", "block_in", "squash", "heatmap_net", "compile", "cuda_graphs",
-)  # fmt: skip
-POSITIVE = (
-    "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples", "stages", "niter", "train_depth", "g_steps",
-    "num_layer",
 )  # fmt: skip
 
 
@@ -295,6 +295,14 @@ def require(rule: bool, flag: str, must: str, value: object) -> None:
         raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
 
 
+def stay(args: Args, usual: object, flags: Iterable[str], where: str) -> None:
+    """Refuse flags that mean nothing here unless they are as usual (fid.UserError)."""
+    for flag in flags:
+        value, default = getattr(args, flag), getattr(usual, flag)
+        shown = default if type(default) in (int, float) else default or "off"
+        require(value == default, flag, f"stay {shown} {where}", value)
+
+
 def check_common(args: Args) -> None:
     """Refuse what no script can run (fid.UserError)."""
     for flag, value in asdict(args).items():
@@ -303,7 +311,6 @@ def check_common(args: Args) -> None:
             require(least <= value < math.inf, flag, f"be at least {least}", value)
     for flag in ("beta1", "beta2"):
         require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
-    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     world = int(os.environ.get("WORLD_SIZE", 1))
     must = f"be a multiple of the {world} processes"
     require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
@@ -315,8 +322,10 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
-    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
-    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
+    alone = world == 1 or ":" not in args.device
+    require(alone, "device", "be auto, cpu or cuda with several processes", args.device)
+    graphs, one_gpu = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(one_gpu or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -343,9 +352,7 @@ def check_args(args: Args) -> None:
         (args.mode == "sample", "--mode sample", ("scale_h", "scale_w")),
     )
     for given, what, flags in needs:
-        for flag in () if given else flags:
-            value, default = getattr(args, flag), getattr(resolved, flag)
-            require(value == default, flag, f"stay {default or 'off'} without {what}", value)
+        stay(args, resolved, () if given else flags, f"without {what}")
     gcn = args.gca_variant == "gcn"
     must = "be off with --gca-variant gcn, which has no M Y"
     require(not (gcn and args.gca_y_transpose), "gca_y_transpose", must, args.gca_y_transpose)
@@ -357,6 +364,8 @@ def check_args(args: Args) -> None:
     require((args.dataset == "image") == photo, "dataset", must, args.dataset)
     if photo:
         check_photo(args)
+    splits = photo or args.fid_num >= 10
+    require(splits, "fid_num", "be at least 10, an image a split", args.fid_num)
     for net in ("g", "d") if args.block != "none" else ():
         base = getattr(args, f"{net}_ch")
         channels = base if photo else widths(args, base)[1]
@@ -996,6 +1005,7 @@ def load_pyramid(args: Args) -> list[Tensor]:
 # 7. Run
 # --------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the checkpoints
+load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
     "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
@@ -1027,19 +1037,6 @@ def run_folder(args: Args) -> Path:
     """Where a run with these flags lives."""
     name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
     return Path(args.out_dir) / name
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
-    try:
-        state = fid.read_checkpoint(path)
-        origin = state["script"], state["format"]
-    except Exception as error:  # the unpickler of a damaged file can raise anything
-        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
-        raise fid.UserError(f"{path} is {reason}") from error
-    if origin != (Path(__file__).stem, FORMAT):
-        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
-    return state
 
 
 class Run:
@@ -1252,6 +1249,12 @@ def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
+def sample_grid(args: Args, G: nn.Module) -> Tensor:
+    """uint8 images (num_samples, C, H, W) of the first noise."""
+    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
+    return torch.cat([generate(G, z).cpu() for z in parts])
+
+
 def score(
     args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
 ) -> dict[str, float]:
@@ -1261,9 +1264,7 @@ def score(
     """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
-    if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
-        for buffer in G.buffers():  # which the checkpoint holds
-            fid.collective(dist.broadcast, buffer, 0)
+    fid.same_buffers(G)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
 
@@ -1282,8 +1283,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
-    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
+    here = {"deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"bn_batches", "eval_mask", "invert_mask"} & asdict(args).keys()
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1314,8 +1315,7 @@ def evaluate(args: Args) -> dict[str, float]:
 def sample(args: Args) -> None:
     """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
     args, _, G, _, folder = open_checkpoint(args)
-    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
-    images = torch.cat([generate(G, z).cpu() for z in parts])
+    images = sample_grid(args, G)
     fid.write_images(folder, images, math.isqrt(len(images)))
 
 
@@ -1586,6 +1586,9 @@ def train(args: Args) -> dict[str, float]:
     run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
+    penalised = args.loss == "wgan-gp"
+    if penalised and any(isinstance(m, nn.BatchNorm2d) for m in D.modules()):
+        fid.warn("batch norm in D: the gradients that the penalty is taken of mix samples")
     n, stop, metrics = args.batch_size, False, {}
     forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
 
@@ -1595,9 +1598,7 @@ def train(args: Args) -> dict[str, float]:
                 fake = forward_G(z).float()
             real_logits, fake_logits = forward_D(real).float(), forward_D(fake).float()
         d_loss_real, d_loss_fake = d_real(real_logits).mean(), d_fake(fake_logits).mean()
-        d_reg = torch.zeros_like(d_loss_real)
-        if args.loss == "wgan-gp":
-            d_reg = gradient_penalty(D, real, fake, eps)
+        d_reg = gradient_penalty(D, real, fake, eps) if penalised else torch.zeros_like(d_loss_real)
         d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg
         d_norm = run.update(d_loss, "D")
         return {
@@ -1625,7 +1626,7 @@ def train(args: Args) -> dict[str, float]:
         if run.due(args.log_every):
             run.log_interval({})
         if run.due(args.sample_every) and run.rank == 0:
-            grid = generate(G, eval_noise(args, args.num_samples))
+            grid = sample_grid(args, G)
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
@@ -1644,10 +1645,10 @@ def train(args: Args) -> dict[str, float]:
 
 def stage_optimizers(args: Args, G: nn.Module, D: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """New optimisers for the newest stage."""
-    betas = args.beta1, args.beta2
+    adam = {"betas": (args.beta1, args.beta2), "fused": True}
     return {
-        "g_opt": torch.optim.Adam(G.groups(args), args.g_lr, betas, fused=True),
-        "d_opt": torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True),
+        "g_opt": torch.optim.Adam(G.groups(args), args.g_lr, **adam),
+        "d_opt": torch.optim.Adam(D.parameters(), args.d_lr, **adam),
     }
 
 

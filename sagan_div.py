@@ -44,7 +44,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -98,7 +98,7 @@ class Args:
     """folder of the data set and of the cache of its decoded images"""
     download: bool = True
     """fetch the data set if it is not in --data-dir"""
-    img_size: int = 0
+    img_size: int = 64  # Table 1
     """side of the square images in pixels; 0: the paper's for the data set"""
     channels: Literal[0, 1, 3] = 0
     """channels of the images, 1 (grey) or 3 (RGB); 0: 1 for MNIST and Fashion-MNIST, else 3"""
@@ -109,7 +109,7 @@ class Args:
     num_workers: int = 4
     """processes that decode the images, once"""
     # Model
-    z_dim: int = 0
+    z_dim: int = 100  # Table 1
     """length of the noise vector; 0: the paper's for the model"""
     g_ch: int = 64  # Table 1
     """base width of the generator, in channels"""
@@ -193,7 +193,7 @@ class Args:
 
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples", "div_p",
+    "save_every", "fid_num", "fid_batch_size", "num_samples", "div_p",
 )  # fmt: skip
 ADAM = {"beta1": 0.5, "beta2": 0.999}  # PyTorch's and DCGAN's
 SAME = {"g_lr": 2e-4, "d_lr": 2e-4}
@@ -224,6 +224,14 @@ def require(rule: bool, flag: str, must: str, value: object) -> None:
         raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
 
 
+def stay(args: Args, usual: object, flags: Iterable[str], where: str) -> None:
+    """Refuse flags that mean nothing here unless they are as usual (fid.UserError)."""
+    for flag in flags:
+        value, default = getattr(args, flag), getattr(usual, flag)
+        shown = default if type(default) in (int, float) else default or "off"
+        require(value == default, flag, f"stay {shown} {where}", value)
+
+
 def check_common(args: Args) -> None:
     """Refuse what no script can run (fid.UserError)."""
     for flag, value in asdict(args).items():
@@ -232,7 +240,6 @@ def check_common(args: Args) -> None:
             require(least <= value < math.inf, flag, f"be at least {least}", value)
     for flag in ("beta1", "beta2"):
         require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
-    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     world = int(os.environ.get("WORLD_SIZE", 1))
     must = f"be a multiple of the {world} processes"
     require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
@@ -244,8 +251,10 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
-    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
-    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
+    alone = world == 1 or ":" not in args.device
+    require(alone, "device", "be auto, cpu or cuda with several processes", args.device)
+    graphs, one_gpu = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(one_gpu or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -257,6 +266,7 @@ def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
     check_common(args)
     require(args.img_size == 64, "img_size", "be 64, Table 1 is fixed", args.img_size)
+    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     require(args.batch_size >= 2, "batch_size", "be at least 2", args.batch_size)
     must = f"be 1 with --dataset {args.dataset}, whose images are grey"
     require(args.channels == 1 or "mnist" not in args.dataset, "channels", must, args.channels)
@@ -266,9 +276,7 @@ def check_args(args: Args) -> None:
     unused = () if args.method in "abcd" else ("attn_blocks", "attn_block", "attn_sn")
     if LOSS[args.recipe].get(args.method):
         unused += ("div_k", "div_p", "div_points", "div_scale")
-    for flag in unused:
-        must = f"stay {getattr(Args, flag)}: --method {args.method} does not use it"
-        require(getattr(args, flag) == getattr(Args, flag), flag, must, getattr(args, flag))
+    stay(args, Args, unused, f"with --method {args.method}")
     require(args.fid_distinct != 1, "fid_distinct", "be 0 or at least 2", 1)
     inside = args.query_pixels and all(0 <= x < 64 for pixel in args.query_pixels for x in pixel)
     require(inside, "query_pixels", "be rows and columns from 0 to 63", args.query_pixels)
@@ -605,6 +613,7 @@ def endless_batches(
 # 7. Run
 # --------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the checkpoints
+load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
     "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "download",
@@ -635,19 +644,6 @@ def run_folder(args: Args) -> Path:
     """Where a run with these flags lives."""
     name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
     return Path(args.out_dir) / name
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
-    try:
-        state = fid.read_checkpoint(path)
-        origin = state["script"], state["format"]
-    except Exception as error:  # the unpickler of a damaged file can raise anything
-        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
-        raise fid.UserError(f"{path} is {reason}") from error
-    if origin != (Path(__file__).stem, FORMAT):
-        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
-    return state
 
 
 class Run:
@@ -860,6 +856,12 @@ def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
+def sample_grid(args: Args, G: nn.Module) -> Tensor:
+    """uint8 images (num_samples, C, H, W) of the first noise."""
+    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
+    return torch.cat([generate(G, z).cpu() for z in parts])
+
+
 def score(
     args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
 ) -> dict[str, float]:
@@ -869,9 +871,7 @@ def score(
     """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
-    if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
-        for buffer in G.buffers():  # which the checkpoint holds
-            fid.collective(dist.broadcast, buffer, 0)
+    fid.same_buffers(G)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
 
@@ -890,8 +890,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
-    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
+    here = {"deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"bn_batches", "eval_mask", "invert_mask"} & asdict(args).keys()
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -939,8 +939,7 @@ def evaluate(args: Args) -> dict[str, float]:
 def sample(args: Args) -> None:
     """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
     args, _, G, _, folder = open_checkpoint(args)
-    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
-    images = torch.cat([generate(G, z).cpu() for z in parts])
+    images = sample_grid(args, G)
     fid.write_images(folder, images, math.isqrt(len(images)))
 
 
@@ -997,10 +996,12 @@ def compare_methods(out_dir: Path) -> str:
         usual = asdict(Args(method=args["method"], dataset=args["dataset"], **recipe))
         usual = json.loads(json.dumps(usual))  # tuples become lists, as in args.json
         apart = {key for key, value in usual.items() if value != args.get(key)}
-        if fids and not apart - FREE_FLAGS - {"seed", "amp", "deterministic"}:
+        apart -= {"fid_weights"} if args["fid_weights"] != "random" else set()
+        apart -= FREE_FLAGS | {"seed", "deterministic", "amp", "compile", "cuda_graphs"}
+        if fids and not apart:
             best.setdefault((args["method"], args["dataset"]), []).append(min(fids))
         scores = f"{min(fids):.4f} | {fids[-1]:.4f}" if fids else "none | none"
-        scores += f" {fid.RANDOM_LABEL}" if args["fid_weights"] == "random" else ""
+        scores = f"{scores} {fid.run_label(path.parent)}".rstrip()
         about = f"{args['batch_size']} | {args['g_ch']}, {args['d_ch']} | {args['fid_num']}"
         step = log[-1]["step"] if log else 0
         runs.append(f"| {path.parent.name} | {step} | {about} | {scores} |")
@@ -1025,7 +1026,7 @@ def figures(args: Args) -> None:
     n, target = args.num_samples, folder / "figures"
     target.mkdir(exist_ok=True)
     z = eval_noise(args, n)
-    fid.write_grid(target / "samples.png", generate(G, z), math.isqrt(n))
+    fid.write_grid(target / "samples.png", sample_grid(args, G), math.isqrt(n))
     fid.write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
     fid.write_grid(target / "attention.png", *attention_figure(args, G, z[:4].to(device)))
     keys = ["loss/d", "loss/g", "logit/gap", "loss/d_reg", "metric/fid"]
@@ -1102,13 +1103,13 @@ def train(args: Args) -> dict[str, float]:
         stop = run.collect(terms | g_update(run.draw(torch.randn, n, args.z_dim)))
         if run.due(args.log_every):
             gains = {
-                f"train/gamma_{name.split('.')[1]}": value.item()
+                f"train/gamma_g_{name.split('.')[1]}": value.item()
                 for name, value in G.named_parameters()
                 if name.endswith(".gamma")
             }
             run.log_interval(gains)
         if run.due(args.sample_every) and run.rank == 0:
-            grid = generate(G, eval_noise(args, args.num_samples))
+            grid = sample_grid(args, G)
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))

@@ -14,7 +14,8 @@ when to stop. Unconditional, 64x64, one crop for each box that marks a dog.
 
 Differences from the paper
  1. It prints no widths, optimiser, batch size, rates or place of the attention: these are the
-    common SAGAN code's, with attention on the last two maps of each net (--attn-g, --attn-d).
+    common SAGAN code's, with attention on the last two maps of each net (--attn-g, --attn-d),
+    but for spectral norm on every layer (--sn backbone: as there) and Xavier weights.
  2. The objective that was run is not stated. Default: Eqs 1-3 with its non-saturating G step; the
     hinge loss of SAGAN is --loss hinge.
  3. The rows of A are softmax over the keys, so the output is V A^T; the text omits the transpose.
@@ -47,7 +48,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -192,7 +193,7 @@ class Args:
 
 POSITIVE = (
     "img_size", "z_dim", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_batch_size", "num_samples",
+    "save_every", "fid_num", "fid_batch_size", "num_samples",
 )  # fmt: skip
 
 
@@ -200,6 +201,14 @@ def require(rule: bool, flag: str, must: str, value: object) -> None:
     """Raise a fid.UserError such as `--kernel-size must be odd, got 4` unless the rule holds."""
     if not rule:
         raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
+
+
+def stay(args: Args, usual: object, flags: Iterable[str], where: str) -> None:
+    """Refuse flags that mean nothing here unless they are as usual (fid.UserError)."""
+    for flag in flags:
+        value, default = getattr(args, flag), getattr(usual, flag)
+        shown = default if type(default) in (int, float) else default or "off"
+        require(value == default, flag, f"stay {shown} {where}", value)
 
 
 def check_common(args: Args) -> None:
@@ -210,7 +219,6 @@ def check_common(args: Args) -> None:
             require(least <= value < math.inf, flag, f"be at least {least}", value)
     for flag in ("beta1", "beta2"):
         require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
-    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     world = int(os.environ.get("WORLD_SIZE", 1))
     must = f"be a multiple of the {world} processes"
     require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
@@ -222,8 +230,10 @@ def check_common(args: Args) -> None:
     known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
     must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
     require(args.device in known, "device", must, args.device)
-    graphs, alone = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
-    require(alone or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
+    alone = world == 1 or ":" not in args.device
+    require(alone, "device", "be auto, cpu or cuda with several processes", args.device)
+    graphs, one_gpu = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
+    require(one_gpu or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
     shared = gpus and args.device in ("auto", "cuda") and local >= gpus
     require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
     folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
@@ -234,6 +244,7 @@ def check_common(args: Args) -> None:
 def check_args(args: Args) -> None:
     """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
     check_common(args)
+    require(args.fid_num >= 10, "fid_num", "be at least 10, an image a split", args.fid_num)
     size, dogs = args.img_size, args.dataset == "stanford-dogs"
     require(size in (32, 64, 128), "img_size", "be 32, 64 or 128", size)
     sides = [4 * 2**i for i in range(len(widths(args, args.g_ch)))]
@@ -241,13 +252,17 @@ def check_args(args: Args) -> None:
     for flag in ("attn_g", "attn_d"):
         given = getattr(args, flag)
         require(set(given) <= set(sides), flag, must, " ".join(map(str, given)))
-    for flag in ("crop",) if dogs else ("boxes", "aspect"):
-        value, default = getattr(args, flag), getattr(Args, flag)
-        must = f"stay {default} with{'' if dogs else 'out'} --dataset stanford-dogs"
-        require(value == default, flag, must, value)
+    usual, without = Args(img_size=size), "with" if dogs else "without"
+    flags = ("crop",) if dogs else ("boxes", "aspect")
+    stay(args, usual, flags, f"{without} --dataset stanford-dogs")
+    off = {"full": (), "none": ("attn_g", "attn_d", "attn_block")}
+    off |= {"no-g": ("attn_g",), "no-d": ("attn_d",)}
+    stay(args, usual, off[args.attention], f"with --attention {args.attention}")
     require(min(args.milestones, default=1) > 0, "milestones", "be above 0", args.milestones)
     rule = args.eval_every > 0 or not args.early_stop
     require(rule, "eval_every", "be above 0 with --early-stop", args.eval_every)
+    rule = not args.early_stop or args.eval_every % args.log_every == 0
+    require(rule, "log_every", "divide --eval-every with --early-stop", args.log_every)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -335,14 +350,15 @@ class PooledAttention(nn.Module):
         return x + self.gamma * self.out(attend(self.query(x), key, value))
 
 
-def prepare_conv(conv: nn.Module, sn: bool) -> nn.Module:
+def xavier(layer: nn.Module, sn: bool) -> nn.Module:
     """Xavier-uniform weights and zero biases, then spectral norm if sn.
 
     In this order: what is written to a weight under spectral norm is lost.
     """
-    nn.init.xavier_uniform_(conv.weight)
-    nn.init.zeros_(conv.bias)
-    return spectral_norm(conv) if sn else conv
+    nn.init.xavier_uniform_(layer.weight)
+    if getattr(layer, "bias", None) is not None:
+        nn.init.zeros_(layer.bias)
+    return spectral_norm(layer) if sn else layer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -367,7 +383,7 @@ def attention_blocks(args: Args, net: str) -> nn.ModuleDict:
             channels = widths(args, base)[int(math.log2(side)) - 2]
             block = {"full": SelfAttention, "pooled": PooledAttention}[args.attn_block](channels)
             for conv in block.children():
-                prepare_conv(conv, args.sn == "all")
+                xavier(conv, args.sn == "all")
             blocks[str(side)] = block
     return blocks
 
@@ -381,12 +397,12 @@ class Generator(nn.Module):
         for i, out in enumerate(widths(args, args.g_ch)):
             stride, padding = (2, 1) if i else (1, 0)
             conv = nn.ConvTranspose2d(channels, out, 4, stride, padding)
-            conv = prepare_conv(conv, args.sn != "none")
+            conv = xavier(conv, args.sn != "none")
             self.stages.append(nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()))
             channels = out
         self.attn = attention_blocks(args, "g")
         conv = nn.ConvTranspose2d(channels, 3, 4, 2, 1)
-        self.output = prepare_conv(conv, args.sn == "all")
+        self.output = xavier(conv, args.sn == "all")
 
     def forward(self, z: Tensor) -> Tensor:
         x = z[:, :, None, None]
@@ -404,11 +420,11 @@ class Discriminator(nn.Module):
         super().__init__()
         self.stages, channels = nn.ModuleList(), 3
         for out in reversed(widths(args, args.d_ch)):
-            conv = prepare_conv(nn.Conv2d(channels, out, 4, 2, 1), args.sn != "none")
+            conv = xavier(nn.Conv2d(channels, out, 4, 2, 1), args.sn != "none")
             self.stages.append(nn.Sequential(conv, nn.LeakyReLU(0.1)))
             channels = out
         self.attn = attention_blocks(args, "d")
-        self.output = prepare_conv(nn.Conv2d(channels, 1, 4), args.sn == "all")
+        self.output = xavier(nn.Conv2d(channels, 1, 4), args.sn == "all")
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:
@@ -424,66 +440,12 @@ class Discriminator(nn.Module):
 # Of a logit s: D's loss on a real image, D's on a generated one, G's. Means over the batch follow.
 # With D(x) = sigmoid(s): softplus(-s) = -log D(x), softplus(s) = -log(1 - D(x)).
 ADVERSARIAL = {
+    # Eqs. 1-3, G non-saturating
     "ns": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
     # Eq. 1 to the letter: G goes down log(1 - D(G(z)))
     "minimax": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: -F.softplus(s)),
     "hinge": (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s),
 }
-
-
-def window_mean(losses: np.ndarray, step: int, window: int = 1_000) -> float:
-    """Mean loss over the `window` steps up to the last row at or before `step`; nan without rows.
-
-    Rows (K, 2) are a step and the mean loss since the row before, as in log.jsonl. The mean is that
-    of the single steps where the window starts at a row, else a row counts in part, as if constant.
-    """
-    rows = losses[losses[:, 0] <= step]
-    if not len(rows):
-        return math.nan
-    ends = np.concatenate([[0], rows[:, 0]])
-    sums = np.concatenate([[0], np.cumsum(np.diff(ends) * rows[:, 1])])
-    start = max(ends[-1] - window, 0)
-    return float((sums[-1] - np.interp(start, ends, sums)) / (ends[-1] - start))
-
-
-def stopping_rule(
-    fids: np.ndarray, losses: np.ndarray, end: int, *, fid_window: int = 3, fid_tol: float = 0.01,
-    fid_patience: int = 6, fid_min_step: int = 2_000, d_window: int = 1_000, d_tol: float = 0.01,
-    d_patience: int = 8,
-) -> dict:  # fmt: skip
-    """The two-phase rule: train until FID plateaus, then until D's loss does; lower is better.
-
-    fids (K, 2) are step and FID of each evaluation; losses (L, 2) step and mean of D's loss since
-    the row before; both are looked at on the steps of the evaluations. Smoothed FID is the median
-    of fid_window evaluations, smoothed loss the mean of d_window steps; a gain is a relative one of
-    more than tol; patience is the evaluations without gain (of FID: from fid_min_step on) that make
-    a plateau. Returns t_fid (step of FID's last gain), t_det (its plateau seen), t_best (D's last
-    gain: the checkpoint to take), t_stop, None where not reached; candidate, the last gain of the
-    present phase; reason: plateau, cap_fid or cap_dloss (`end` reached), no_fid, unfinished.
-    """
-    found = dict.fromkeys(("t_fid", "t_det", "t_best", "t_stop", "candidate"))
-    best, waited = math.inf, 0
-    for i, step in enumerate(fids[:, 0].astype(int).tolist()):
-        if found["t_det"] is None:  # phase 1: features
-            value = np.median(fids[max(0, i + 1 - fid_window) : i + 1, 1])
-            gain, counts = value < best * (1 - fid_tol), step >= fid_min_step
-        else:  # phase 2: quality; a loss may be below 0
-            value = window_mean(losses, step, d_window)
-            gain, counts = value < best - d_tol * max(abs(best), 1e-8), True
-        if gain:
-            best, waited, found["candidate"] = value, 0, step
-        else:
-            waited += counts
-        if found["t_det"] is not None:
-            found["t_best"] = found["candidate"]
-            if waited == d_patience:
-                return found | {"t_stop": step, "reason": "plateau"}
-        elif waited == fid_patience:
-            found |= {"t_fid": found["candidate"], "t_det": step, "t_best": step, "candidate": step}
-            best, waited = window_mean(losses, step, d_window), 0
-    if not len(fids) or fids[-1, 0] < end:
-        return found | {"reason": "unfinished" if len(fids) else "no_fid"}
-    return found | {"t_stop": end, "reason": "cap_dloss" if found["t_det"] else "cap_fid"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -703,6 +665,7 @@ def endless_batches(
 # 7. Run
 # --------------------------------------------------------------------------------------------------
 FORMAT = 1  # of the checkpoints
+load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
     "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir", "num_samples",
@@ -733,19 +696,6 @@ def run_folder(args: Args) -> Path:
     """Where a run with these flags lives."""
     name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
     return Path(args.out_dir) / name
-
-
-def load_checkpoint(path: Path) -> dict:
-    """A checkpoint of this script; fid.UserError where it is missing, damaged or another's."""
-    try:
-        state = fid.read_checkpoint(path)
-        origin = state["script"], state["format"]
-    except Exception as error:  # the unpickler of a damaged file can raise anything
-        reason = f"damaged or no checkpoint ({error!r})" if path.exists() else "missing"
-        raise fid.UserError(f"{path} is {reason}") from error
-    if origin != (Path(__file__).stem, FORMAT):
-        raise fid.UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
-    return state
 
 
 class Run:
@@ -958,6 +908,12 @@ def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
     return images.to(torch.uint8)
 
 
+def sample_grid(args: Args, G: nn.Module) -> Tensor:
+    """uint8 images (num_samples, C, H, W) of the first noise."""
+    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
+    return torch.cat([generate(G, z).cpu() for z in parts])
+
+
 def score(
     args: Args, inception: nn.Module, G: nn.Module, images: np.ndarray, path: Path, *inputs: Tensor
 ) -> dict[str, float]:
@@ -967,9 +923,7 @@ def score(
     """
     if 0 < args.fid_real < len(images):
         images = images[np.arange(args.fid_real) * len(images) // args.fid_real]
-    if fid.processes()[1] > 1:  # batch norm's statistics are each process's own: take the first's,
-        for buffer in G.buffers():  # which the checkpoint holds
-            fid.collective(dist.broadcast, buffer, 0)
+    fid.same_buffers(G)
     moments = path.with_name(f"{path.stem}-{len(images)}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, args.fid_batch_size, cache=moments)
 
@@ -988,8 +942,8 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     state = load_checkpoint(path)
     if unknown := state["args"].keys() ^ asdict(args).keys():
         raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = {"amp", "deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
-    here |= {"invert_mask"} & asdict(args).keys()  # a way to read files
+    here = {"deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
+    here |= {"bn_batches", "eval_mask", "invert_mask"} & asdict(args).keys()
     args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
@@ -1005,6 +959,62 @@ def read_log(folder: Path, key: str) -> np.ndarray:
     records = fid.read_records(folder / "log.jsonl")
     rows = [(record["step"], record[key]) for record in records if key in record]
     return np.array(rows, float).reshape(-1, 2)
+
+
+def window_mean(losses: np.ndarray, step: int, window: int = 1_000) -> float:
+    """Mean loss over the `window` steps up to the last row at or before `step`; nan without rows.
+
+    Rows (K, 2) are a step and the mean loss since the row before, as in log.jsonl. The mean is that
+    of the single steps where the window starts at a row, else a row counts in part, as if constant.
+    """
+    rows = losses[losses[:, 0] <= step]
+    if not len(rows):
+        return math.nan
+    ends = np.concatenate([[0], rows[:, 0]])
+    sums = np.concatenate([[0], np.cumsum(np.diff(ends) * rows[:, 1])])
+    start = max(ends[-1] - window, 0)
+    return float((sums[-1] - np.interp(start, ends, sums)) / (ends[-1] - start))
+
+
+def stopping_rule(
+    fids: np.ndarray, losses: np.ndarray, end: int, *, fid_window: int = 3, fid_tol: float = 0.01,
+    fid_patience: int = 6, fid_min_step: int = 2_000, d_window: int = 1_000, d_tol: float = 0.01,
+    d_patience: int = 8,
+) -> dict:  # fmt: skip
+    """The two-phase rule: train until FID plateaus, then until D's loss does; lower is better.
+
+    fids (K, 2) are step and FID of each evaluation; losses (L, 2) step and mean of D's loss since
+    the row before; both are looked at on the steps of the evaluations. Smoothed FID is the median
+    of fid_window evaluations, smoothed loss the mean of d_window steps; a gain is a relative one of
+    more than tol; patience is the evaluations without gain (of FID: from fid_min_step on) that make
+    a plateau. Returns t_fid (step of FID's last gain), t_det (its plateau seen), t_best (D's last
+    gain: the checkpoint to take), t_stop, None where not reached; candidate, the last gain of the
+    present phase; reason: plateau, cap_fid or cap_dloss (`end` reached), no_fid, unfinished.
+    """
+    found = dict.fromkeys(("t_fid", "t_det", "t_best", "t_stop", "candidate"))
+    best, waited = math.inf, 0
+    for i, step in enumerate(fids[:, 0].astype(int).tolist()):
+        if found["t_det"] is None:  # phase 1: features
+            value = np.median(fids[max(0, i + 1 - fid_window) : i + 1, 1])
+            gain, counts = value < best * (1 - fid_tol), step >= fid_min_step
+        else:  # phase 2: quality; a loss may be below 0
+            value = window_mean(losses, step, d_window)
+            gain, counts = value < best - d_tol * max(abs(best), 1e-8), not math.isnan(best)
+            gain = gain or math.isnan(best) and not math.isnan(value)
+        if gain:
+            best, waited, found["candidate"] = value, 0, step
+        else:
+            waited += counts
+        if found["t_det"] is not None:
+            found["t_best"] = found["candidate"]
+            if waited == d_patience:
+                return found | {"t_stop": step, "reason": "plateau"}
+        elif waited == fid_patience:
+            found |= {"t_fid": found["candidate"], "t_det": step, "t_best": step, "candidate": step}
+            best, waited = window_mean(losses, step, d_window), 0
+    if not len(fids) or fids[-1, 0] < end:
+        return found | {"reason": "unfinished" if len(fids) else "no_fid"}
+    return found | {"t_stop": end, "reason": "cap_dloss" if found["t_det"] else "cap_fid"}
 
 
 def report_stop(folder: Path) -> dict:
@@ -1035,8 +1045,7 @@ def evaluate(args: Args) -> dict[str, float]:
 def sample(args: Args) -> None:
     """Mode sample: PNGs of a checkpoint's generator, and a grid of them."""
     args, _, G, _, folder = open_checkpoint(args)
-    parts = eval_noise(args, args.num_samples).split(args.fid_batch_size)
-    images = torch.cat([generate(G, z).cpu() for z in parts])
+    images = sample_grid(args, G)
     fid.write_images(folder, images, math.isqrt(len(images)))
 
 
@@ -1122,7 +1131,10 @@ DISTORTIONS = {
 
 
 def spatial_check(args: Args, inception: nn.Module, images: np.ndarray) -> dict[str, float]:
-    """FID between the real images and their distortions: does it see structure that is wrong?"""
+    """FID between the real images and their distortions: does it see structure that is wrong?
+
+    Noise and places are drawn anew for each batch, so they depend on --fid-batch-size.
+    """
     size, result = args.fid_batch_size, {}
     real = fid.dataset_moments(inception, images, size)
     for name, distort in DISTORTIONS.items():
@@ -1163,13 +1175,14 @@ def compare_runs(args: Args, folder: Path, target: Path, title: str) -> None:
     """Runs of one data set and seed: bars of the first FID, curves, samples at the milestones."""
     left, right = run_folder(replace(args, exp_name="*")).name.split("*")
     paths = sorted(folder.parent.glob(f"{left}*{right}"))
+    label = "".join(f"; {text}" for text in {fid.run_label(path) for path in paths} if text)
     runs = {path.name[len(left) : -len(right)]: path for path in paths}
     fids = {name: read_log(path, "metric/fid") for name, path in runs.items()}
     if values := {name: curve[0, 1] for name, curve in fids.items() if len(curve)}:
-        fid.bars(target / "fid_first.png", f"FID, first evaluation; {title}", values)
+        fid.bars(target / "fid_first.png", f"FID, first evaluation; {title}{label}", values)
     early = {name: curve[curve[:, 0] <= 5_000] for name, curve in fids.items()}
-    fid.chart(target / "fid_early.png", f"FID to step 5000; {title}", early)
-    fid.chart(target / "fid.png", f"FID; {title}", fids)
+    fid.chart(target / "fid_early.png", f"FID to step 5000; {title}{label}", early)
+    fid.chart(target / "fid.png", f"FID; {title}{label}", fids)
     for step in args.milestones:
         kept = {name: path / f"step-{step:07d}.pt" for name, path in runs.items()}
         rows = {name: kept_samples(path) for name, path in kept.items() if path.exists()}
@@ -1183,10 +1196,9 @@ def figures(args: Args) -> None:
     (images, labels, _), target, n = load_images(args), folder / "figures", args.num_samples
     dogs = f", {args.boxes} boxes, {args.aspect}" if args.dataset == "stanford-dogs" else ""
     title = f"{args.dataset}{dogs}, {args.img_size}x{args.img_size}, seed {args.seed}"
-    title += f"; {fid.RANDOM_LABEL}" if args.fid_weights == "random" else ""
     target.mkdir(exist_ok=True)
     fid.write_grid(target / "real.png", torch.from_numpy(images[:n]), math.isqrt(n))
-    fid.write_grid(target / "samples.png", generate(G, eval_noise(args, n)), math.isqrt(n))
+    fid.write_grid(target / "samples.png", sample_grid(args, G), math.isqrt(n))
     compare_runs(args, folder, target, title)
     title = f"{args.exp_name}; {title}"
     kept = [*sorted(folder.glob("step-*.pt")), *folder.glob("t_*.pt")]
@@ -1197,7 +1209,8 @@ def figures(args: Args) -> None:
     smooth = [(step, window_mean(losses, step)) for step in losses[:, 0]]
     curves = {"FID": read_log(folder, "metric/fid"), "D loss": np.reshape(smooth, (-1, 2))}
     marks = {key: rule[key] for key in ("t_fid", "t_best")}
-    fid.chart(target / "signals.png", f"FID, D loss; {title}", curves, twin=True, **marks)
+    named = f"FID, D loss; {title} {fid.run_label(folder)}"
+    fid.chart(target / "signals.png", named, curves, twin=True, **marks)
     keys = [f"gamma_{net}_{side}" for net in "gd" for side in getattr(args, f"attn_{net}")]
     gains = {key: read_log(folder, f"train/{key}") for key in keys}
     fid.chart(target / "gamma.png", f"gamma; {title}", gains)
@@ -1213,7 +1226,7 @@ def figures(args: Args) -> None:
             "diversity": diversity(args, inception, G, images, labels),
             "n_real": len(images), "label": inception.label, **inception.protocol,
         }  # fmt: skip
-        named = f"FID of distorted real images; {title}"
+        named = f"FID of distorted real images; {title} {inception.label}"
         fid.bars(target / "spatial.png", named, measured["spatial"])
         fid.write_text(target / "measured.json", json.dumps(measured, indent=2))
     fid.say(f"figures are in {target}")
@@ -1282,7 +1295,7 @@ def train(args: Args) -> dict[str, float]:
             }
             run.log_interval(gains)
         if (run.due(args.sample_every) or milestone) and run.rank == 0:
-            grid = generate(G, eval_noise(args, args.num_samples))
+            grid = sample_grid(args, G)
             fid.write_grid(run.folder / f"samples/{run.step:07d}.png", grid, math.isqrt(len(grid)))
         if run.due(args.eval_every):
             metrics = score(args, inception, G, images, path, eval_noise(args, args.fid_num))
@@ -1301,7 +1314,8 @@ def train(args: Args) -> dict[str, float]:
     if stop:
         fid.say(f"stopped at step {run.step}; the same command with --resume goes on")
         raise SystemExit(128 + run.signal)
-    report_stop(run.folder)
+    if run.rank == 0:
+        report_stop(run.folder)
     fid.say(f"done: {run.folder} (samples/, log.jsonl, report.json, checkpoint.pt)")
     return metrics
 

@@ -761,8 +761,27 @@ def test_ssim_and_psnr_are_scikit_images(k, ssim, psnr, uniform):
 
 
 def test_spread():
-    assert an_inpaint.spread(10, 4) == [0, 2, 4, 6]
+    assert an_inpaint.spread(10, 4) == [0, 2, 5, 7]
+    assert an_inpaint.spread(150, 100)[-1] == 148  # to the end, where there are few more
     assert an_inpaint.spread(3, 100) == [0, 1, 2]
+
+
+def test_a_mask_of_a_name_stands_once(tmp_path):
+    for folder in ("a", "b"):
+        write_photos(tmp_path / folder, 1)
+    with pytest.raises(fid.UserError, match="--mask-dir must hold each name once, got 1 of 2 again"):
+        an_inpaint.by_name("mask_dir", tmp_path)
+
+
+def test_processes_score_the_generator_of_the_checkpoint(photos, monkeypatch):
+    """The statistics of AN over batches are each process's own; the first's are the saved ones."""
+    args = Args(**SMALL, fid_num=4, region_stats="bn")
+    G = Generator(args)
+    monkeypatch.setattr(fid, "processes", lambda: (1, 2))
+    monkeypatch.setattr(fid.dist, "broadcast", lambda buffer, source: buffer.fill_(7))
+    monkeypatch.setattr(fid, "sum_processes", lambda *tensors: None)
+    an_inpaint.score_completions(args, G, photos, None)
+    assert (G.module.running_mean == 7).all()
 
 
 def test_scores_do_not_depend_on_the_batch_and_leave_out_what_is_infinite(photos, capsys, tmp_path):
@@ -843,9 +862,9 @@ def test_the_phase_changes_exactly_at_its_step_and_across_a_resume(call, monkeyp
     assert [r["loss/g_adv"] == 0 for r in records] == [True, True, False, False]
     assert [r["grad/d_norm"] == 0 for r in records] == [True, True, False, False]
     by_hand = 1.2 * records[3]["loss/g_rec"] + 1e-3 * records[3]["loss/g_adv"]
-    by_hand += 1e-3 * records[3]["loss/g_ortho"]
+    by_hand += 1e-3 * records[3]["loss/g_reg"]
     assert records[3]["loss/g"] == pytest.approx(by_hand, rel=1e-5)
-    keys = {"train/rho", "train/t", "train/layout_entropy", "train/entities_used"}
+    keys = {"train/rho_g", "train/t_g", "train/layout_entropy_g", "train/entities_used_g"}
     assert keys | {"train/saturated"} <= records[0].keys()
     whole = load("checkpoint.pt")["parts"]
     shutil.rmtree("runs")

@@ -26,6 +26,7 @@ COMMON = [
     (["--beta2", "1.5"], r"--beta2 must be below 1"),
     (["--seed", "-1"], r"--seed must be at least 0"),
     (["--fid-num", "9"], r"--fid-num must be at least 10"),
+    (["--fid-num", "0"], r"--fid-num must be at least 1"),
     (["--num-samples", "0"], r"--num-samples must be at least 1"),
     (["--num-workers", "-2"], r"--num-workers must be at least 0"),
     (["--device", "cuda"], r"--device must be cpu.*got cuda"),
@@ -43,6 +44,9 @@ COMMON = [
 CASES = {
     "giu_gan": [
         (["--kernel-size", "4"], r"--kernel-size must be odd, got 4"),
+        (["--model", "sngan", "--lambda-gp", "3"], r"--lambda-gp must stay 10.0 without a"),
+        (["--optimizer", "adagrad", "--beta1", "0.9"], r"--beta1 must stay 0.0 without --opt"),
+        (["--third-layer", "g64-d128"], r"--third-layer must stay g128-d64 without"),
         (["--img-size", "48"], r"--img-size must be 32, 64 or 128, got 48"),
         (["--group-channels", "24"], r"--group-channels must divide the 256 channels"),
         (["--se-reduction", "0"], r"--se-reduction must be at least 1"),
@@ -83,12 +87,12 @@ CASES = {
         (["--z-dim", "-1"], r"--z-dim must be at least 1"),
         (
             ["--method", "dcgan", "--attn-blocks", "1"],
-            r"--attn-blocks must stay .* --method dcgan does not use it",
+            r"--attn-blocks must stay .* with --method dcgan",
         ),
         (["--method", "wgan-div", "--attn-block", "full"], r"--attn-block must stay pooled"),
         (
             ["--method", "sngan", "--div-k", "3"],
-            r"--div-k must stay 2.0: --method sngan does not use it",
+            r"--div-k must stay 2.0 with --method sngan",
         ),
         (["--method", "dcgan", "--div-points", "interp"], r"--div-points must stay endpoints"),
         (["--fid-distinct", "1"], r"--fid-distinct must be 0 or at least 2"),
@@ -96,6 +100,12 @@ CASES = {
         (["--query-pixels", "3"], r"query-pixels"),
     ],
     "sagan_dogs": [
+        (["--attention", "none", "--attn-block", "pooled"], r"--attn-block must stay full with"),
+        (["--attention", "no-g", "--attn-g", "8"], r"--attn-g must stay .16, 32. with"),
+        (
+            ["--early-stop", "--eval-every", "500", "--log-every", "300"],
+            r"--log-every must divide --eval-every with --early-stop, got 300",
+        ),
         (
             ["--attn-g", "64"],
             r"--attn-g must be among 4, 8, 16, 32, the maps of 64x64 images, got 64",
@@ -262,6 +272,8 @@ CASES = {
         ),
     ],
     "an_inpaint": [
+        (["--output", "x.png"], r"--output must stay off without --mode inpaint, got x.png"),
+        (["--compare", "x.pt"], r"--compare must stay off without --mode figures"),
         (["--amp", "bf16", "--device", "cpu"], r"--amp must be off on the CPU: .*, got bf16"),
         (["--img-size", "32"], r"--img-size must be a multiple of 8, at least 64, got 32"),
         (["--img-size", "100"], r"--img-size must be a multiple of 8, at least 64, got 100"),
@@ -341,6 +353,8 @@ GRAPHS = ["--cuda-graphs", "--device", "cpu"], r"--cuda-graphs must stay off exc
 EVERY_CASE += [(script, *GRAPHS) for script in SCRIPTS if script != "an_inpaint"]
 # There 0 stands for the steps of both phases.
 EVERY_CASE.remove(("an_inpaint", ["--total-steps", "0"], r"--total-steps must be at least 1"))
+# There is no Inception Score, whose images come in ten splits.
+EVERY_CASE.remove(("an_inpaint", ["--fid-num", "9"], r"--fid-num must be at least 10"))
 # There a folder without class folders is the mistake.
 EVERY_CASE.remove(("an_gan", ["--dataset", "folder", "--data-dir", "."], r"no images"))
 
@@ -382,6 +396,13 @@ def test_a_batch_that_processes_cannot_share(script, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     result = call(script, *tiny(script, "--batch-size", "4"))
     assert_mistake(result, r"--batch-size must be a multiple of the 3 processes, got 4")
+
+
+def test_one_gpu_for_all_processes(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    result = call("giu_gan", *tiny("giu_gan", "--device", "cuda:0"))
+    assert_mistake(result, r"--device must be auto, cpu or cuda with several processes, got cuda:0")
 
 
 @every_script

@@ -942,3 +942,10 @@ def test_command_from_the_shell(bad):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: no images (") and done.stderr.count("\n") == 1
+
+
+def test_a_runs_scores_of_random_features_are_labelled(tmp_path):
+    assert fid.run_label(tmp_path) == ""
+    for weights, label in (("random", fid.RANDOM_LABEL), ("auto", "")):
+        (tmp_path / "args.json").write_text(json.dumps({"args": {"fid_weights": weights}}))
+        assert fid.run_label(tmp_path) == label

@@ -509,7 +509,7 @@ def test_200_steps_stay_finite(method, few, tmp_path):
     slopes = {key for key in log[-1] if key.startswith("grad/x_")}
     wanted = {f"grad/x_{where}_{how}" for where in ("real", "fake") for how in ("mean", "max")}
     assert slopes == (wanted if method in (*"abcd", "wgan-div") else set())
-    assert ("train/gamma_attn2" in log[-1]) == (method in "abcd")
+    assert ("train/gamma_g_attn2" in log[-1]) == (method in "abcd")
 
 
 def test_batch_norm_under_a_penalty_is_warned_of(few, capsys):

@@ -275,7 +275,7 @@ def test_spectral_norm_is_where_the_flag_says_and_holds(net):
 
 def test_initialisation_is_xavier_before_spectral_norm():
     torch.manual_seed(0)
-    conv = sagan_dogs.prepare_conv(torch.nn.Conv2d(32, 64, 4), True)
+    conv = sagan_dogs.xavier(torch.nn.Conv2d(32, 64, 4), True)
     raw, bound = conv.parametrizations.weight.original, math.sqrt(6 / (32 * 16 + 64 * 16))
     assert 0.98 * bound < raw.abs().max() <= bound  # PyTorch's own init would be 0.044, not 0.0625
     assert conv.bias.abs().max() == 0
@@ -388,6 +388,14 @@ def test_stopping_rule_without_fid_or_before_the_end():
     assert stopping_rule(none, none, 100)["reason"] == "no_fid"
     assert stopping_rule(np.array([[50.0, 1.0]]), none, 100)["reason"] == "unfinished"
     assert stopping_rule(np.array([[100.0, 1.0]]), none, 100)["reason"] == "cap_fid"
+
+
+def test_losses_that_are_not_known_yet_are_no_plateau():
+    fids, losses = signals(plateau, falling)
+    found = stopping_rule(fids, losses[losses[:, 0] >= 20_000], 30_000)
+    assert (found["t_best"], found["t_stop"]) == (24_500, 28_500)
+    found = stopping_rule(fids, np.zeros((0, 2)), 30_000)
+    assert (found["t_det"], found["reason"]) == (18_500, "cap_dloss")
 
 
 def test_noise_in_fid_is_smoothed_by_the_median():
