@@ -16,8 +16,9 @@ images as uint8, bilinear to 299x299 without antialias, 2x - 1, the 2048 feature
 average pool, covariance over N - 1, all sums in float64. Logits for the Inception Score are without
 bias. Every result says how many images it comes from and the SHA-256 of the weights.
 
-The training scripts take from here, besides, what has no part in any paper: messages, processes,
-locks and atomic files, caches of decoded images, drawn images, grids and curves, CUDA graphs.
+The training scripts take from here, besides, what has no part in any paper: messages, exit codes,
+processes, locks, atomic files, checkpoints read, caches of decoded images, drawn images, grids,
+curves and charts, CUDA graphs and what torch.compile needs.
 
 Papers: FID arXiv:1706.08500, Inception Score arXiv:1606.03498, SIFID arXiv:1905.01164.
 """
@@ -44,7 +45,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
@@ -417,6 +418,35 @@ def load_checkpoint(script: str, version: int, path: Path) -> dict[str, Any]:
     if origin != (script, version):
         raise UserError(f"{path} is of {origin[0]}.py, format {origin[1]}: not this script's")
     return state
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], flags: Iterable[str]) -> str:
+    """What to say of flags that differ: `--g-ch was 64, is 32; ...`; empty where none does."""
+    return "; ".join(
+        f"--{flag.replace('_', '-')} was {old.get(flag)}, is {new.get(flag)}"
+        for flag in sorted(flags)
+        if old.get(flag) != new.get(flag)
+    )
+
+
+def recall(args: T, old: dict[str, Any], free: set[str], path: Path) -> T:
+    """The flags `old` of a checkpoint, with those of `args` that modes other than training read.
+
+    These are the `free` ones and those of evaluation; data and weights where the command line names
+    them. Raises: UserError where it names another flag with another value than the checkpoint's.
+    """
+    new = asdict(args)
+    if unknown := old.keys() ^ new.keys():
+        raise UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
+    words = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
+    given = {word[2:].removeprefix("no-").replace("-", "_") for word in words} - {"exp_name"}
+    here = {"deterministic", "fid_num", "fid_real", "eval_seed"} | free - {"data_dir"}
+    here |= {"bn_batches", "eval_mask", "invert_mask"} & new.keys()
+    here |= {"data_dir", "fid_weights"} & given
+    if text := differences(old, new, given & new.keys() - here):
+        how = "leave out what the checkpoint knows, or name another by --exp-name or --checkpoint"
+        raise UserError(f"{path} is of other flags: {text}; {how}")
+    return type(args)(**old | {flag: new[flag] for flag in here})
 
 
 def load_parts(parts: Mapping[str, Any], states: Mapping[str, Any], path: Path) -> None:
@@ -1262,6 +1292,8 @@ def image_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.exists():
         raise UserError(f"{folder} does not exist")
+    if (folder / "checkpoint.pt").exists():
+        raise UserError(f"{folder} is a run folder: name {folder / 'generated'}, its samples")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file: a folder of images or an .npz of moments is expected")
 
@@ -1544,7 +1576,7 @@ class Photos:
     """Decoded photographs of any sizes, in one flat memory-mapped array."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
-        self.names = names
+        self.path, self.names = path, names
         self.sizes = open_array(path.with_suffix(".sizes.npy"), (len(names), 2), np.int64)
         self.ends = np.cumsum(self.sizes.prod(axis=1) * 3)
         self.flat = open_array(path, (int(self.ends[-1]),))
@@ -1673,12 +1705,14 @@ def plot(path: Path, log: Path, keys: list[str]) -> None:
     curves = {key: points for key, points in curves.items() if points}
     image = Image.new("RGB", (640, 200 * max(1, len(curves))), "white")
     draw = ImageDraw.Draw(image)
+    draw.text((20, 10), "" if curves else f"none of {', '.join(keys)} is logged yet", "black")
     for top, (key, points) in zip(range(0, image.height, 200), curves.items()):
         steps, values = np.array(points).T
         x = np.interp(steps, [steps.min(), steps.max() + 1e-9], [20, 620])
         y = np.interp(values, [values.min(), values.max() + 1e-9], [top + 170, top + 30])
         draw.rectangle((20, top + 30, 620, top + 170), outline="grey")
         draw.line(list(zip(x.tolist(), y.tolist())), "blue", 2)
+        draw.circle((x[-1].item(), y[-1].item()), 3, "blue")
         text = f"{key}: {values.min():.4g} to {values.max():.4g}, last {values[-1]:.4g}"
         text += f", step {steps[0]:.0f} to {steps[-1]:.0f}"
         label = f"; {run_label(log.parent)}" if key == "metric/fid" else ""

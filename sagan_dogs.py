@@ -664,7 +664,7 @@ def endless_batches(
 # --------------------------------------------------------------------------------------------------
 # 7. Run
 # --------------------------------------------------------------------------------------------------
-FORMAT = 1  # of the checkpoints
+FORMAT = 2  # of the checkpoints; 2: with the name of the data
 load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
 FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
     "mode", "resume", "checkpoint", "dry_run", "total_steps", "log_every", "sample_every",
@@ -701,12 +701,14 @@ def run_folder(args: Args) -> Path:
 class Run:
     """One training run: precision, noise, updates, run folder, log, checkpoint, signals.
 
-    `parts` are what a checkpoint holds: the networks "G", "D", their optimisers "g_opt", "d_opt".
+    `data` names what is trained on; `parts` are what a checkpoint holds: the networks "G", "D",
+    their optimisers "g_opt", "d_opt".
     `step` counts finished generator updates; everything is logged and named by it.
     """
 
-    def __init__(self, args: Args, device: torch.device, **parts) -> None:
+    def __init__(self, args: Args, device: torch.device, data: str, **parts) -> None:
         self.args, self.device, self.parts, self.folder = args, device, parts, run_folder(args)
+        self.data = data
         self.rank, self.world = fid.processes()
         self.step, self.best_fid, self.signal = 0, math.inf, 0
         self.keys, self.rows = [], []  # names, and values of each step since the last log line
@@ -721,7 +723,8 @@ class Run:
             signal.signal(number, self.on_signal)
         self.open()
         self.seed()
-        self.clock = time.perf_counter()
+        self.clock, self.mark = time.perf_counter(), self.step
+        self.spoken = self.clock
 
     def open(self) -> None:
         """Make the run folder, or with --resume take up its checkpoint, and start the log."""
@@ -753,7 +756,9 @@ class Run:
         fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        fid.say(f"{self.folder}: from step {self.step}")
+        args, where = self.args, f"from step {self.step} to {self.args.total_steps}"
+        every = f"log {args.log_every}, samples/ {args.sample_every}, save {args.save_every} steps"
+        fid.say(f"{self.folder}: {where} on {about['device']}; {every}; Ctrl-C saves and ends")
 
     def seed(self) -> None:
         """Make the noise of the coming step a function of the seed and the step alone.
@@ -802,6 +807,9 @@ class Run:
         if self.device.type == "cpu" and self.world == 1 and not self.rows[-1].isfinite().all():
             self.means()
         self.seed()
+        if (now := time.perf_counter()) > self.spoken + 60:
+            fid.say(f"step {self.step}/{self.args.total_steps}")
+            self.spoken = now
         if self.world > 1:  # a signal to any process stops all of them at the same step
             shared = torch.tensor(self.signal)
             fid.collective(dist.all_reduce, shared, dist.ReduceOp.MAX)
@@ -827,8 +835,8 @@ class Run:
     def log_interval(self, extra: dict[str, float]) -> None:
         """Log the interval's means, `extra` and the speed, pauses included; print one line."""
         values, now, total = self.means() | extra, time.perf_counter(), self.args.total_steps
-        rate = len(self.rows) / (now - self.clock)
-        self.rows, self.clock = [], now
+        rate = (self.step - self.mark) / (now - self.clock)
+        self.rows, self.clock, self.spoken, self.mark = [], now, now, self.step
         unit = 1 if sys.platform == "darwin" else 1024
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if self.device.type == "cuda":
@@ -857,7 +865,8 @@ class Run:
             self.means()  # no checkpoint of a run that has gone wrong
         state = {
             "format": FORMAT, "script": Path(__file__).stem, "args": asdict(self.args),
-            "step": self.step, "best_fid": self.best_fid, "keys": self.keys, "rows": self.rows,
+            "data": self.data, "step": self.step, "best_fid": self.best_fid, "keys": self.keys,
+            "rows": self.rows,
             "parts": {key: part.state_dict() for key, part in self.parts.items()},
         }  # fmt: skip
 
@@ -870,13 +879,11 @@ class Run:
     def restore(self, state: dict) -> None:
         """Take up a checkpoint (fid.UserError where its flags differ from this run's)."""
         old, new = state["args"], asdict(self.args)
-        differing = [
-            f"--{flag.replace('_', '-')} was {old.get(flag)}, is {new.get(flag)}"
-            for flag in sorted(old | new)
-            if flag not in FREE_FLAGS and old.get(flag) != new.get(flag)
-        ]
-        if differing:
-            raise fid.UserError(f"{self.folder} cannot be resumed: {'; '.join(differing)}")
+        text = fid.differences(old, new, (old | new).keys() - FREE_FLAGS)
+        if not text and state["data"] != self.data:
+            text = f"the data was {state['data']}, is {self.data}"
+        if text:
+            raise fid.UserError(f"{self.folder} cannot be resumed: {text}")
         fid.load_parts(self.parts, state["parts"], self.folder / "checkpoint.pt")
         self.step, self.best_fid, self.keys = state["step"], state["best_fid"], state["keys"]
         self.rows = [row.to(self.device) for row in state["rows"]]
@@ -940,11 +947,7 @@ def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Modul
     """Args with the checkpoint's data and architecture, the device, G, D, the run's folder."""
     path = Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
     state = load_checkpoint(path)
-    if unknown := state["args"].keys() ^ asdict(args).keys():
-        raise fid.UserError(f"{path} is of another version, flags: {', '.join(sorted(unknown))}")
-    here = {"deterministic", "fid_num", "fid_real", "fid_weights", "eval_seed"} | FREE_FLAGS
-    here |= {"bn_batches", "eval_mask", "invert_mask"} & asdict(args).keys()
-    args = Args(**state["args"] | {flag: getattr(args, flag) for flag in here})
+    args = fid.recall(args, state["args"], FREE_FLAGS, path)
     device = setup(args)
     nets = {"G": Generator(args), "D": Discriminator(args)}
     fid.load_parts(nets, state["parts"], path)
@@ -1245,7 +1248,7 @@ def train(args: Args) -> dict[str, float]:
     adam = {"betas": (args.beta1, args.beta2), "fused": True, "capturable": args.cuda_graphs}
     g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
     d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
-    run = Run(args, device, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
+    run = Run(args, device, path.stem, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
     batches = endless_batches(images, labels, args, device, run.step * args.n_critic)
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
     n, stop, metrics = args.batch_size, False, {}

@@ -140,12 +140,13 @@ def call(monkeypatch, capsys):
 
     def run(script: str, *argv: str) -> tuple[int, str, str]:
         module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
         code = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            code = stop.code or 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{script}.py", *argv])
+            try:
+                module.main()
+            except SystemExit as stop:
+                code = stop.code or 0
         out = capsys.readouterr()
         return code, out.out, out.err
 

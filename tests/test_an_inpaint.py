@@ -881,7 +881,7 @@ def checkpoint(tmp_path):
     """A checkpoint of an untrained network with a visible effect."""
     args = Args(**SMALL)
     parts = {"G": Generator(args).state_dict(), "D": Discriminator(args).state_dict()}
-    state = {"format": 1, "script": "an_inpaint", "args": vars(args), "step": 3, "parts": parts}
+    state = {"format": an_inpaint.FORMAT, "script": "an_inpaint", "args": vars(args), "step": 3, "parts": parts}
     torch.save(state, tmp_path / "c.pt")
     return ["--mode", "inpaint", "--checkpoint", str(tmp_path / "c.pt")]
 

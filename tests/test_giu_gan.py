@@ -405,7 +405,7 @@ def test_an_update_is_adam_on_the_gradient_of_the_loss(tmp_path):
     args = Args(g_ch=16, d_ch=16, dataset="shapes")
     D = Discriminator(args)
     d_opt = giu_gan.make_optimizer(args, D, 1e-3)
-    run = giu_gan.Run(args, torch.device("cpu"), D=D, d_opt=d_opt)
+    run = giu_gan.Run(args, torch.device("cpu"), "", D=D, d_opt=d_opt)
     x, fake, eps = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.rand(4, 1, 1, 1)
     loss = D(x).mean() + giu_gan.gradient_penalty(D, x, fake, eps)
     parameters = list(D.parameters())
@@ -443,7 +443,7 @@ def test_processes_keep_the_mean_of_their_terms(monkeypatch, tmp_path):
     """The checkpoint of the first process is every process's on resume."""
     others = iter([torch.tensor([[3.0]]), torch.tensor([[2.0]])])
     monkeypatch.setattr(giu_gan.dist, "all_reduce", lambda rows: rows.add_(next(others)))
-    run = giu_gan.Run(Args(dataset="shapes"), torch.device("cpu"))
+    run = giu_gan.Run(Args(dataset="shapes"), torch.device("cpu"), "")
     run.world, run.step, run.keys, run.rows = 2, 1, ["loss/d"], [torch.tensor([1.0])]
     assert run.means() == {"loss/d": 2.0} and run.rows[0].item() == 2.0
     assert run.means() == {"loss/d": 2.0}  # read again, as for a checkpoint and then the log

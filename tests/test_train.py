@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, VARIANTS, start, tiny
+from PIL import Image
 
 import fid
 
@@ -197,6 +199,43 @@ def test_a_changed_flag_is_refused_and_a_free_one_is_not(script, call):
     assert [r["step"] for r in log(run_folder())] == [2, 3, 4]
 
 
+@every_script
+def test_another_runs_flags_are_refused_in_every_mode(script, call):
+    """Else the scores of one network would be read as those of another."""
+    assert call(script, *tiny(script, "--total-steps", "1"))[0] == 0
+    for mode in ("evaluate", "sample", "figures"):
+        code, _, err = call(script, *tiny(script, "--mode", mode, "--g-lr", "0.5"))
+        assert code == 2 and "--g-lr was" in err and "is 0.5" in err, err
+    checkpoint = next(run_folder().glob("checkpoint.pt"))
+    flags = ["--mode", "sample", "--checkpoint", str(checkpoint), "--num-samples", "2"]
+    code, _, err = call(script, *flags)
+    assert code == 0, err  # what is not given comes from the checkpoint, the data's folder too
+
+
+def test_other_data_is_refused_on_resume(call, tmp_path):
+    for name, count in (("one", 9), ("two", 8)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.effect_noise((40, 40), 50 + i).save(tmp_path / name / f"{i}.png")
+    flags = tiny("giu_gan", "--dataset", "folder")
+    assert call("giu_gan", *flags, "--data-dir", "one", "--total-steps", "2")[0] == 0
+    code, _, err = call("giu_gan", *flags, "--data-dir", "two", "--resume")
+    assert code == 2 and "cannot be resumed: the data was folder-32-" in err
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert call("giu_gan", *flags, "--data-dir", "moved", "--resume")[0] == 0
+
+
+def test_the_rate_after_a_resume_is_that_of_its_own_steps(call, monkeypatch):
+    flags = tiny("giu_gan", "--log-every", "4")
+    assert call("giu_gan", *flags, "--total-steps", "3", "--log-every", "100")[0] == 0
+    clock = itertools.count(0, 10)
+    module = importlib.import_module("giu_gan")
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert call("giu_gan", *flags, "--resume")[0] == 0
+    last = json.loads((run_folder() / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 4 and last["perf/steps_per_sec"] <= 1 / 10
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
     flags = tiny("giu_gan", "--total-steps", "100000", "--save-every", "100000", "--log-every", "1")
@@ -310,7 +349,7 @@ def test_noise_depends_on_seed_and_step_and_is_no_other_stream(script, monkeypat
     draws = {}
     for seed in (1, 2, 2**31):
         args = module.Args(seed=seed, dataset="shapes", exp_name=str(seed))
-        run = module.Run(args, torch.device("cpu"))
+        run = module.Run(args, torch.device("cpu"), "")
         for step in (0, 1):
             run.step = step
             run.seed()
