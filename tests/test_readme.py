@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 from conftest import ROOT, SCRIPTS
 from PIL import Image
 from torch.utils.data import Dataset
@@ -15,11 +16,11 @@ from torch.utils.data import Dataset
 TEXT = (ROOT / "README.md").read_text()
 
 
-def commands() -> list[str]:
+def commands(text: str = TEXT) -> list[str]:
     """Every `python SCRIPT flags` of the page: in blocks, in the text and in the tables."""
-    blocks = re.findall(r"```(?:sh)?\n(.*?)```", TEXT, re.S)
-    blocks += re.findall(r"((?:^    \S.*\n)+)", TEXT, re.M)
-    rest = re.sub(r"```.*?```", "", TEXT, flags=re.S)
+    blocks = re.findall(r"```(?:sh)?\n(.*?)```", text, re.S)
+    blocks += re.findall(r"((?:^    \S.*\n)+)", text, re.M)
+    rest = re.sub(r"```.*?```", "", text, flags=re.S)
     found = [line.split("#")[0] for b in blocks for line in b.replace("\\\n", " ").splitlines()]
     prefix = ""
     for line in rest.splitlines():
@@ -141,6 +142,18 @@ def test_every_command_runs(command, call, data):
         (folder,) = Path("runs").iterdir()
         assert (folder / "evaluate.json").exists() and (folder / "generated.png").exists()
         assert list((folder / "figures").iterdir())
+
+
+def test_rows_of_one_table_have_run_folders_of_their_own():
+    """Else the second row is refused, or scored by the checkpoint of the first."""
+    tables = "\n".join(line if line.startswith("|") else "" for line in TEXT.splitlines())
+    found = {}
+    for name, *flags in map(shlex.split, commands(tables)):
+        module = importlib.import_module(name.removesuffix(".py"))
+        parse = getattr(module, "parse", lambda argv, kind=module.Args: tyro.cli(kind, args=argv))
+        if "--mode" not in flags:
+            found.setdefault(module.run_folder(parse(flags)), []).append(flags)
+    assert len(found) > 50 and not [flags for flags in found.values() if len(flags) > 1]
 
 
 def test_links_and_pictures_are_there():
