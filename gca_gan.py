@@ -1098,8 +1098,9 @@ class Run:
         fid.quiet_threads()
         self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         args, where = self.args, f"from step {self.step} to {self.args.total_steps}"
-        every = f"log {args.log_every}, samples/ {args.sample_every}, save {args.save_every} steps"
-        fid.say(f"{self.folder}: {where} on {about['device']}; {every}; Ctrl-C saves and ends")
+        steps = f"{args.log_every}, {args.sample_every}, {args.save_every} steps"
+        every = f"log, samples/, checkpoint.pt every {steps}; Ctrl-C saves and ends"
+        fid.say(f"{self.folder}: {where} on {about['device']}; {every}")
 
     def seed(self) -> None:
         """Make the noise of the coming step a function of the seed and the step alone.
