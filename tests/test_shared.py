@@ -15,7 +15,7 @@ COMMON = """mode exp_name seed deterministic device out_dir resume checkpoint dr
 img_size hflip num_workers total_steps batch_size n_critic g_lr d_lr beta1 beta2 amp log_every
 sample_every eval_every save_every fid_num fid_batch_size fid_weights eval_seed num_samples""".split()
 LONGEST = {
-    "giu_gan": 1130, "sagan_div": 1150, "sagan_dogs": 1345, "gca_gan": 1775, "an_gan": 1375,
+    "giu_gan": 1130, "sagan_div": 1155, "sagan_dogs": 1345, "gca_gan": 1775, "an_gan": 1375,
     "an_inpaint": 1510,
 }  # fmt: skip
 TEXTS = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
