@@ -59,7 +59,7 @@ import torch.nn.functional as F
 import torchvision
 import tyro
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import Inception_V3_Weights
@@ -523,7 +523,7 @@ def graphed(update: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str,
     return call
 
 
-@torch.library.custom_op("fid::power_iteration", mutates_args=("u", "v"))
+@library.custom_op("fid::power_iteration", mutates_args=("u", "v"))
 def power_iteration(matrix: Tensor, u: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A step of spectral norm's power iteration of matrix (H, W) on u (H,), v (W,); their copies.
 
