@@ -1,360 +1,315 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "scipy", "tyro>=0.9", "tensorboard"]
 # ///
 """Attentive Normalization for Conditional Image Generation (Wang et al., 2020): inpainting.
 
-A coarse network fills the hole of a photograph, a second one refines it. Half of the second sees
-its features split softly into regions, each normalised by itself (attentive normalization, AN) in
-place of contextual attention (CA) or self-attention. Section 5.3 of the paper; first by
-reconstruction alone, then against Wasserstein critics too.
+A coarse network fills the hole of a photograph, a second one refines it (Section 5.3). Half of the
+second one splits its features softly into regions and normalises each by itself: attentive
+normalization (AN), in place of contextual attention (CA). Phase 1 trains by reconstruction alone,
+phase 2 against Wasserstein critics too. A run keeps the step of the highest PSNR of each phase
+(best-phase1.pt, best.pt) and the generator alone of the latest of them, which mode inpaint takes.
 
-    python an_inpaint.py --data-dir paris                             # Table 3, AN
-    python an_inpaint.py --dataset folder --data-dir photos --img-size 128
-    python an_inpaint.py --mode inpaint --checkpoint runs/.../checkpoint.pt \\
-        --image photo.jpg --mask hole.png --output filled.png         # white = missing
-
-FID is among the scores only where --fid-weights names Inception weights.
+    python an_inpaint.py --data-dir paris/train --eval-dir paris/test               # Table 3, AN
+    python an_inpaint.py --data-dir paris/train --eval-dir paris/test --refine ca   # Table 3, CA
+    python an_inpaint.py --data-dir photos --img-size 128      # every 20th photograph is held out
+    python an_inpaint.py --data-dir photos --img-size 128 --mode inpaint \\
+        --image photo.jpg --mask hole.png --output filled.png  # any size; white is missing
 
 Differences from the paper
- 1. The layer tables are those of the authors' code; critics are without its self-attention layers,
-    which were not released.
- 2. The weight of the reconstruction is not given: 1.2, on the mean error of the hole plus that of
-    the known pixels, of both stages' outputs (`--reconstruction full` is Eq. 9 on both).
- 3. AN follows the paper, not the authors' inpainting code: sampling off at test, affine
-    parameters, squared orthogonality penalty, max-pooled keys. Its weight 1e-3 is not given.
- 4. Critic steps (5), batch (16), phase lengths (40,000 each) are the authors' code's or ours.
- 5. Photographs are resized to 256 on their shorter side, then cropped at random; the authors crop
-    without resizing (`--no-resize`). Initialisation is PyTorch's.
- 6. The paper's mask, range and compositing for Table 3 are not stated: centred 128x128 holes;
-    scores on [0, 1], 8 bits, known pixels exact. Its MAE fits twice that range or no compositing.
-
-Evidence: see README.md, "The papers, row by row". Paris StreetView has not been trained on; the
-full-size networks and the 80,000 steps have not been run.
+ 1. The layer tables are those of the authors' code. Its critics contain an attention layer that
+    was not released; these do not. There are two, of the whole image and of the box round the
+    hole; their scores and their gradient penalties are summed (the paper: "a discriminator D").
+ 2. AN is the paper's, not that of the authors' inpainting code, which samples at test time too,
+    divides a region's mean twice, has no affine parameters, no max-pooling, clips t, shares the
+    sampled positions in a batch, and penalises the signed sum of W^T W - I. A region's statistics
+    are weighted by its mask; Eq. 5 as printed (`--an-reading literal`) is no instance norm.
+ 3. The weight of the orthogonality, 1e-3 in both phases, is ours (not given).
+ 4. The weight of the reconstruction, 1.2, is DeepFill's (not given). Both stages' outputs count, in
+    both phases. `--reconstruction regional` averages over the hole and over the known pixels
+    separately, like the authors' code: 4 times Eq. 9's mean on random images. Their weights by
+    depth and their ID-MRF loss on VGG features are not in the paper and not here.
+ 5. Critic steps (5) and batch (16) are the authors' code's, the phases' lengths (40,000) ours.
+ 6. Training holes are boxes at random places less up to 1/8 on each side, 96 to 128 pixels, one
+    per image (the authors': one per batch). Table 3's holes are taken to be centred and 128x128.
+ 7. Photographs are upright, their short side resized to 256, then cropped at random; the authors
+    crop without resizing. Initialisation is PyTorch's.
+ 8. Range, region and compositing of Table 3's scores are not stated. Here: [0, 1], 8 bits, known
+    pixels exact. The printed MAE fits twice this range, or no compositing.
+ 9. Contextual attention (Yu et al., 2018) favours runs of neighbouring matches, as its code does.
+10. Mode inpaint shrinks a photograph until the box of a hole fits the trained hole: a large hole is
+    filled in less detail than its surroundings have.
 """
 
-# --------------------------------------------------------------------------------------------------
-# 1. Imports
-# --------------------------------------------------------------------------------------------------
-import functools
-import hashlib
-import itertools
+# ---- 1. Imports ----------------------------------------------------------------------------------
 import json
 import math
 import os
-import resource
-import shutil
+import random
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Callable, Iterator, Literal, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
-from torch.utils.data import Dataset
+from scipy import ndimage
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.amp import GradScaler, autocast
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
 
 import fid
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-# --------------------------------------------------------------------------------------------------
-# 2. Arguments
-# --------------------------------------------------------------------------------------------------
+
+# ---- 2. Arguments --------------------------------------------------------------------------------
 @dataclass
 class Args:
     # Run
-    mode: Literal["train", "evaluate", "sample", "figures", "inpaint"] = "train"
-    """train; or evaluate a checkpoint, sample from it, draw its figures"""
-    exp_name: str = ""
-    """name of the experiment, part of the run folder's; empty: the model's"""
-    seed: int = 1
-    """seed of the weights, of the noise and of the order of the data"""
-    deterministic: bool = False
-    """bit-reproducible kernels on CUDA, slower; the CPU is reproducible without"""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one"""
-    out_dir: str = "runs"
-    """folder of the run folders"""
-    resume: bool = False
-    """go on from this run's checkpoint if there is one"""
-    checkpoint: str = ""
-    """checkpoint to evaluate, sample or draw; empty: checkpoint.pt of this run"""
-    dry_run: bool = False
-    """print the resolved flags and the parameter counts as JSON and exit"""
+    mode: Literal["train", "evaluate", "sample", "inpaint"] = "train"
+    """train, or use a trained checkpoint"""
+    exp_name: str = ""  # part of the run folder's name; empty: the model's
+    seed: int = 1  # seed of the weights, the noise and the order of the data
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    out_dir: str = "runs"  # folder of the run folders
+    resume: bool = False  # resume from this run's checkpoint if there is one
+    checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
+    dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     # Data
-    dataset: Literal["paris-streetview", "folder", "shapes"] = "paris-streetview"
+    dataset: Literal["folder", "shapes"] = "folder"
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
-    data_dir: str = "data"
-    """folder of the data set and of the cache of its decoded images"""
-    eval_from: str = ""
-    """folder of held-out images; empty: val/ or test/ of paris-streetview, else each 20th image,
-    which is never trained on"""
-    img_size: int = 256
-    """side of the square images in pixels; 0: the paper's for the data set"""
-    resize: bool = True
-    """shrink or enlarge photographs to --img-size on their shorter side before the crop"""
-    hflip: bool = False
-    """mirror half of the training images, drawn anew each time"""
-    num_workers: int = 4
-    """processes that decode the images, once"""
-    # Model
-    g_ch: int = 32
-    """base width of the generator, in channels"""
-    d_ch: int = 64
-    """base width of the discriminator, in channels"""
-    # Optimisation
-    total_steps: int = 0  # 0: both phases
-    """generator updates to train for"""
-    batch_size: int = 16
-    """images per update, shared out over the processes"""
-    n_critic: int = 5
-    """discriminator updates per generator update"""
-    g_lr: float = 1e-4
-    """learning rate of the generator"""
-    d_lr: float = 1e-4
-    """learning rate of the discriminator"""
-    beta1: float = 0.5
-    """Adam's decay rate of the gradient's mean"""
-    beta2: float = 0.9
-    """Adam's decay rate of the squared gradient's mean"""
-    # Speed
-    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
-    """mixed precision; auto: bf16 where CUDA has it, else fp16, off on the CPU"""
-    compile: bool = False
-    """compile the networks' passes by torch.compile, but for those of a gradient penalty"""
-    # Intervals, in steps; the last step counts as each of them
-    log_every: int = 100
-    """steps between lines of the log"""
-    sample_every: int = 2_000
-    """steps between sample grids; 0: none"""
-    eval_every: int = 5_000
-    """steps between evaluations; 0: none"""
-    save_every: int = 2_000
-    """steps between checkpoints"""
-    # Evaluation
-    fid_num: int = 100
-    """generated images of an evaluation"""
-    fid_real: int = 0
-    """real images of an evaluation, spread over the data set; 0: all"""
-    fid_batch_size: int = 16
-    """images per forward pass of an evaluation"""
-    fid_weights: str = ""
-    """Inception weights: auto (find or download), a path, or random (smoke tests only)"""
-    eval_seed: int = 0
-    """seed of the noise of grids, samples and evaluations"""
-    num_samples: int = 12
-    """images of a sample grid and of mode sample"""
-    eval_mask: Literal["centre", "rect", "stroke", "file"] = "centre"
-    """holes of the held-out images; file: of --mask-dir, by the images' names without suffix"""
-    compare: tuple[str, ...] = ()
-    """checkpoints of other models whose results stand in the strips of mode figures too"""
-    # Mode inpaint
-    image: str = ""
-    """photograph of any size; for an_inpaint.py also a folder of them"""
-    mask: str = ""
-    """its mask, white = missing, of the same size, or a folder of masks of the same names"""
-    output: str = ""
-    """PNG to write, or the folder of them; empty: inpainted/ beside the checkpoint"""
-    invert_mask: bool = False
-    """mask files are black where pixels are missing"""
-    # Paper
-    refine: Literal["an", "ca", "sa", "plain", "none"] = "an"  # Table 3
-    """module of the second stage: AN, contextual attention, self-attention; none: no branch B"""
-    widths: Literal["official", "deepfill"] = "official"
-    """widths of the second stage and of the critics: the authors' code's, or DeepFill v1's"""
-    fuse: bool = True
-    """favour runs of neighbouring matches in contextual attention"""
-    entities: int = 16  # Table 4
-    """entities n of attentive normalization"""
-    region_stats: Literal["in", "bn"] = "in"  # Table 4
-    """statistics of an entity's region over one image (in) or over the batch (bn)"""
-    self_sampling: bool = True  # Table 4
-    """let sampled positions attract the layout in training; without it k, q and t are gone"""
-    lambda_ortho: float = 1e-3
-    """weight of the orthogonality of the entities' filters (the paper does not say), 0: none"""
-    an_reading: Literal["weighted", "literal", "readme", "official"] = "weighted"
-    """what the statistics of a region are: see AttentiveNorm"""
-    an_value: bool = True
-    """normalise a 1x1 convolution of the features (Figure 2), not the features (Eq. 5)"""
-    tau: float = 0.1
-    """factor of the layout's logits in the softmax over the entities"""
-    entity_init: Literal["orthogonal", "normal", "xavier"] = "orthogonal"
-    """entities' filters at the start: orthonormal, N(0, 1) as in the authors' code, or Xavier"""
-    phase1_steps: int = 40_000
-    """generator updates by reconstruction alone, without critics"""
-    phase2_steps: int = 40_000
-    """generator updates against the critics that follow; --total-steps may end the run earlier"""
-    critics: Literal["global-local", "global", "global-patch"] = "global-local"
-    """critics of the whole image, of the box round the hole, of patches that touch the hole"""
-    lambda_rec: float = 1.2
-    """weight of the reconstruction (the paper does not say)"""
-    lambda_adv: float = 1e-3
-    """weight of the critics' score in the generator's loss of phase 2"""
-    lambda_gp: float = 10.0
-    """weight of the gradient penalty"""
-    gp_region: Literal["full", "hole"] = "full"
-    """gradient in the penalty: all of it (Eq. 10), or its part in the hole (the authors' code)"""
-    reconstruction: Literal["regional", "full", "discount"] = "regional"
-    """L1: hole plus known pixels, whole image (Eq. 9), or the hole's depth discounted (DeepFill)"""
+    data_dir: str = "data"  # folder of the data set
+    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
+    eval_dir: str = ""  # folder of the held-out photographs; empty: every 20th of the data set
+    img_size: int = 256  # side of the square images in pixels
+    hflip: bool = False  # mirror half of the training images, drawn anew each time
+    # Holes
     train_mask: Literal["centre", "rect", "stroke", "file"] = "rect"
     """holes to train on: centred square, random rectangle, brush strokes, files of --mask-dir"""
-    mask_dir: str = ""
-    """folder of mask files of --img-size, white = missing"""
-    shared_mask: bool = False
-    """one hole for all images of a batch"""
-    box: int = 0
-    """side of the square hole, and of the local critic's view, in pixels; 0: half of --img-size"""
-    shrink: float = 0.125
-    """most that a random rectangle loses on each side, as a share of --box"""
+    eval_mask: Literal["centre", "rect", "stroke", "file"] = "centre"
+    """holes of the held-out images"""
+    box: int = 0  # side of the square hole and of the local critic's view; 0: half of --img-size
+    shrink: float = 0.125  # most that a random rectangle loses on each side, as a share of --box
+    mask_dir: str = ""  # folder of mask files; missing is white, or transparent
+    invert_mask: bool = False  # mask files have it the other way round
+    # Model
+    refine: Literal["an", "ca", "plain"] = "an"
+    """module of the second stage: AN, contextual attention (Table 3), or none"""
+    g_ch: int = 32  # base width of the generator, in channels
+    d_ch: int = 64  # base width of the discriminator, in channels
+    entities: int = 16  # entities n of attentive normalization (Table 4)
+    region_stats: Literal["in", "bn"] = "in"
+    """statistics of an entity's region over one image (in) or over the batch (bn) (Table 4)"""
+    self_sampling: bool = True  # let sampled positions attract the layout in training (Table 4)
+    an_reading: Literal["weighted", "literal"] = "weighted"
+    """statistics of a region: weighted by its mask, or Eq. 5 as printed"""
+    tau: float = 0.1  # factor of the layout's logits in the softmax over the entities
+    local_critic: bool = True  # judge the box round the hole by a critic of its own, too
+    # Optimisation
+    total_steps: int = 80_000  # generator updates to train for
+    phase1_steps: int = 40_000  # generator updates by reconstruction alone, the first ones
+    batch_size: int = 16  # images per update, shared out over the processes
+    n_critic: int = 5  # discriminator updates per generator update
+    g_lr: float = 1e-4  # learning rate of the generator
+    d_lr: float = 1e-4  # learning rate of the discriminator
+    beta1: float = 0.5  # Adam's decay rate of the gradient's mean
+    beta2: float = 0.9  # Adam's decay rate of the squared gradient's mean
+    reconstruction: Literal["full", "regional"] = "full"
+    """mean L1 error of the image (Eq. 9), or that of the hole plus that of the known pixels"""
+    lambda_rec: float = 1.2  # weight of the reconstruction
+    lambda_adv: float = 1e-3  # weight of the critics' scores in phase 2
+    lambda_gp: float = 10.0  # weight of the gradient penalty
+    lambda_ortho: float = 1e-3  # weight of the orthogonality of the entities' filters (Table 4)
+    amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
+    """mixed precision; auto: bf16 where CUDA supports it, else fp16; off on the CPU"""
+    # Intervals; the last step counts for each
+    log_every: int = 100  # steps between lines of the log
+    sample_every: int = 2_000  # steps between sample grids; 0: none
+    eval_every: int = 2_000  # steps between evaluations; 0: none
+    save_every: int = 2_000  # steps between checkpoints
+    # Evaluation
+    eval_num: int = 100  # held-out images of an evaluation, spread over all of them; 0: all
+    num_samples: int = 12  # images of a sample grid and of mode sample
+    runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
+    # Mode inpaint
+    image: str = ""  # photograph of any size
+    mask: str = ""  # its mask file; --image and --mask may be folders with files of equal names
+    output: str = "filled"  # file to write (.jpg is lossy), or a folder of PNGs
 
-    def __post_init__(self) -> None:
-        self.exp_name = self.exp_name or self.refine
-        self.img_size = self.img_size or 256
-        self.box = self.box or self.img_size // 2
-        self.total_steps = self.total_steps or self.phase1_steps + self.phase2_steps
-        self.compare = tuple(self.compare)
+    @property
+    def model(self) -> str:
+        """The row of Table 3; it names the run folder."""
+        return self.refine
 
-
-POSITIVE = (
-    "img_size", "g_ch", "d_ch", "total_steps", "batch_size", "n_critic", "log_every",
-    "save_every", "fid_num", "fid_batch_size", "num_samples", "entities", "box",
-)  # fmt: skip
-AN_FLAGS = (
-    "entities", "region_stats", "self_sampling", "lambda_ortho", "an_reading", "an_value", "tau",
-    "entity_init",
-)  # fmt: skip
-
-
-def require(rule: bool, flag: str, must: str, value: object) -> None:
-    """Raise a fid.UserError such as `--kernel-size must be odd, got 4` unless the rule holds."""
-    if not rule:
-        raise fid.UserError(f"--{flag.replace('_', '-')} must {must}, got {value}")
-
-
-def stay(args: Args, usual: object, flags: Iterable[str], where: str) -> None:
-    """Refuse flags that mean nothing here unless they are as usual (fid.UserError)."""
-    for flag in flags:
-        value, default = getattr(args, flag), getattr(usual, flag)
-        shown = default if type(default) in (int, float) else default or "off"
-        require(value == default, flag, f"stay {shown} {where}", value)
-
-
-def check_common(args: Args) -> None:
-    """Refuse what no script can run (fid.UserError)."""
-    for flag, value in asdict(args).items():
-        if isinstance(value, (int, float)):
-            least = int(flag in POSITIVE)
-            require(least <= value < math.inf, flag, f"be at least {least}", value)
-    for flag in ("beta1", "beta2"):
-        require(getattr(args, flag) < 1, flag, "be below 1", getattr(args, flag))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    must = f"be a multiple of the {world} processes"
-    require(args.batch_size % world == 0, "batch_size", must, args.batch_size)
-    training = args.mode == "train"
-    require(training or not args.resume, "resume", "go with --mode train", args.mode)
-    must = "stay empty with --mode train (--resume goes on with a run)"
-    require(not (training and args.checkpoint), "checkpoint", must, args.checkpoint)
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
-    known = {"auto", "cpu"} | {f"cuda:{i}" for i in range(gpus)} | ({"cuda"} if gpus else set())
-    must = f"be auto, cpu, cuda or cuda:N, N < {gpus}" if gpus else "be cpu: CUDA is not there"
-    require(args.device in known, "device", must, args.device)
-    alone = world == 1 or ":" not in args.device
-    require(alone, "device", "be auto, cpu or cuda with several processes", args.device)
-    graphs, one_gpu = asdict(args).get("cuda_graphs"), world == 1 and gpus and args.device != "cpu"
-    require(one_gpu or not graphs, "cuda_graphs", "stay off except on one GPU", "it on")
-    shared = gpus and args.device in ("auto", "cuda") and local >= gpus
-    require(not shared, "device", f"be cpu: {gpus} GPUs are too few for process {local}", "auto")
-    folder, first = run_folder(args), int(os.environ.get("RANK", 0)) == 0
-    if first and training and not (args.resume or args.dry_run) and folder.exists():
-        raise fid.UserError(f"{folder} holds a run: add --resume, or choose another --exp-name")
+    @property
+    def side(self) -> int:
+        """The side of the hole's box in pixels."""
+        return self.box or self.img_size // 2
 
 
-def check_args(args: Args) -> None:
-    """Refuse what cannot run, before anything is downloaded or allocated (fid.UserError)."""
-    check_common(args)
-    size, last = args.img_size, args.phase1_steps + args.phase2_steps
-    on_gpu = torch.cuda.is_available() and args.device != "cpu"
-    boxes, masks = args.train_mask in ("centre", "rect"), bool(args.mask_dir)
-    rules = (
-        (size >= 64 and size % 8 == 0, "img_size", "be a multiple of 8, at least 64"),
-        (args.box <= size, "box", f"fit into --img-size {size}"),
-        (args.shrink < 0.5, "shrink", "be below 0.5, or nothing is left of the hole"),
-        (args.tau > 0, "tau", "be above 0"),
-        (on_gpu or args.amp in ("auto", "off"), "amp",
-         "be off on the CPU: PyTorch's bf16 gradient of the critics' last layers is wrong there"),
-        (args.total_steps <= last, "total_steps", f"be at most {last}, the steps of both phases"),
-        (boxes or args.critics != "global-local", "critics",
-         f"be global or global-patch with --train-mask {args.train_mask}, which has no box"),
-        (boxes or args.reconstruction != "discount", "reconstruction",
-         f"be regional or full with --train-mask {args.train_mask}, which has no box"),
-        (masks or args.train_mask != "file", "train_mask", "not be file without --mask-dir"),
-        (masks or args.eval_mask != "file", "eval_mask", "not be file without --mask-dir"),
-    )  # fmt: skip
-    for rule, flag, must in rules:
-        require(rule, flag, must, getattr(args, flag))
-    unused = {"an": ("fuse",), "ca": AN_FLAGS}.get(args.refine, ("fuse", *AN_FLAGS))
-    stay(args, Args, unused, f"with --refine {args.refine}")
-    stay(args, Args, () if args.mode == "inpaint" else ("output",), "without --mode inpaint")
-    stay(args, Args, () if args.mode == "figures" else ("compare",), "without --mode figures")
-    for folder in filter(None, (args.mask_dir, args.eval_from)):
-        fid.image_files(folder)  # raises where there are none
-    for flag in ("image", "mask"):
-        given, must = getattr(args, flag), "be given with --mode inpaint, and only there"
-        require(bool(given) == (args.mode == "inpaint"), flag, must, given or "nothing")
+DEFAULTS = {("dataset", "shapes"): {"img_size": 64}}  # what a data set changes; given flags win
+FREE_FLAGS = set(  # what may differ from the flags of a checkpoint
+    "mode exp_name device out_dir resume checkpoint dry_run data_dir cache_dir eval_dir eval_mask "
+    "mask_dir invert_mask total_steps log_every sample_every eval_every save_every eval_num "
+    "num_samples runs image mask output".split()
+)
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Layers
-# --------------------------------------------------------------------------------------------------
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention without scale: maps (N, d, H, W), (N, d, h, w), (N, c, h, w) -> (N, c, H, W).
+def parse(argv: list[str] | None = None) -> Args:
+    """Parse the command line twice: the first pass finds the defaults of the second.
 
-    Fused kernels, which never build the H*W x h*w weights, want rows that are contiguous and
-    equally wide: zeros fill up the queries and keys and leave the logits as they are.
+    They are the row's or, on --resume and in modes other than train, the checkpoint's. Raises
+    ValueError for flags that break a rule or differ from the checkpoint's.
     """
-    fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
-    maps = F.pad(query, fill), F.pad(key, fill), value
-    rows = (m.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for m in maps)
-    out = F.scaled_dot_product_attention(*rows, scale=1.0).squeeze(1)
-    return out.transpose(1, 2).unflatten(2, query.shape[2:])
+    argv = sys.argv[1:] if argv is None else argv
+    first, default = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")]), {}
+    for (flag, value), row in DEFAULTS.items():
+        default |= row if getattr(first, flag) == value else {}
+    path, saved = find_checkpoint(first), {}
+    if path.exists() and (first.resume or first.mode != "train"):
+        saved = torch.load(path, "cpu", weights_only=True)["args"]
+        default = saved | {"checkpoint": "", "resume": False}
+    args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
+    kept = [flag for flag in saved if flag not in FREE_FLAGS and getattr(args, flag) != saved[flag]]
+    if kept:
+        text = ", ".join(f"--{flag.replace('_', '-')} {saved[flag]}" for flag in kept)
+        raise ValueError(f"flags must be as in {path}: {text}")
+    for holds, message in check_args(args):
+        if not holds:
+            raise ValueError(message)
+    return args
 
 
-class PooledAttention(nn.Module):
-    """Self-attention to 2x2 max-pooled keys and values (SAGAN, Zhang et al. 2019, official code).
+def check_args(args: Args) -> Iterator[tuple[bool, str]]:
+    """Yield (holds, message) of every rule; `parse` stops at the first that does not hold."""
+    torchrun = WORLD == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+    yield torchrun, "WORLD_SIZE must come with torchrun's other variables, got it alone"
+    cuda = args.device != "cuda" or torch.cuda.is_available()
+    yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
+    yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
+    yield args.save_every > 0, f"--save-every must be positive, got {args.save_every}"
+    batch, size, side = args.batch_size, args.img_size, args.side
+    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
+    training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
+    there = path.exists() or args.runs or (training and not args.checkpoint)
+    yield there, f"{path} does not exist: train first, or name a --checkpoint"
+    new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
+    yield new, f"--exp-name must be new or go with --resume: {folder} exists"
+    fits = size >= 32 and size % 8 == 0
+    yield fits, f"--img-size must be a multiple of 8, at least 32, got {size}"
+    places = (size // 8) ** 2  # of the keys, max-pooled at a quarter of the size
+    yield args.entities <= places, f"--entities must be at most {places}, got {args.entities}"
+    yield 0 < side <= size, f"--box must be at most {size}, got {side}"
+    yield 0 <= args.shrink < 0.5, f"--shrink must be from 0 to below 0.5, got {args.shrink}"
+    boxed = args.train_mask in ("centre", "rect") or not args.local_critic
+    yield boxed, f"--no-local-critic must go with --train-mask {args.train_mask}: it has no box"
+    drawn = "file" not in (args.train_mask, args.eval_mask)
+    yield drawn or args.mask_dir != "", "--mask-dir must be given for holes from files"
+    given = "" not in (args.image, args.mask)
+    yield given or args.mode != "inpaint", "--mode inpaint must have an --image and a --mask"
 
-    (N, C, H, W) -> (N, C, H, W), H and W even. Queries and keys have C // 8 channels, values
-    C // 2; the logits are not scaled. The gain gamma starts at 0: the block starts as the identity.
+
+# ---- 3. Layers -----------------------------------------------------------------------------------
+class AttentiveNorm(nn.Module):
+    """Attentive normalization: instance norm of n soft regions that the features themselves choose.
+
+    (N, C, H, W) -> (N, C, H, W). The layout S (N, n, H, W) is a softmax over n entities. The pixels
+    v of a region are normalised by its own mean and deviation, scaled by beta and shifted by alpha,
+    and the regions are blended by S (Eq. 5). The gain rho starts at 0: the module starts as the
+    identity. With P = H W pixels, mean and variance of a region are, for `an_reading`,
+      weighted  sum S v / sum S    sum S (v - mean)^2 / sum S
+      literal   sum S v / P        sum (S v - mean)^2 / P
+    By products of (n, P) and (P, C) matrices: nothing of size (N, n, C, P) is ever built.
     """
 
-    def __init__(self, channels: int, bias: bool = True) -> None:
+    def __init__(self, channels: int, args: Args) -> None:
         super().__init__()
-        inner, half = max(1, channels // 8), max(1, channels // 2)
-        self.query = nn.Conv2d(channels, inner, 1, bias=bias)
-        self.key = nn.Conv2d(channels, inner, 1, bias=bias)
-        self.value = nn.Conv2d(channels, half, 1, bias=bias)
-        self.out = nn.Conv2d(half, channels, 1, bias=bias)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        n, inner = args.entities, max(1, channels // 8)
+        self.tau, self.sampling, self.momentum = args.tau, args.self_sampling, 0.1
+        self.weighted, self.batch = args.an_reading == "weighted", args.region_stats == "bn"
+        self.entity = nn.Conv2d(channels, n, 1, bias=False)  # f(X) = W X
+        nn.init.orthogonal_(self.entity.weight)
+        self.value = nn.Conv2d(channels, channels, 1)
+        if self.sampling:
+            self.key, self.query = nn.Conv2d(channels, inner, 1), nn.Conv2d(channels, inner, 1)
+            self.t = nn.Parameter(torch.full((n,), 0.1))
+        self.beta = nn.Parameter(torch.ones(n, channels))  # the scale, against habit
+        self.alpha = nn.Parameter(torch.zeros(n, channels))  # the shift
+        self.rho = nn.Parameter(torch.zeros(()))
+        if self.batch:
+            self.register_buffer("running_mean", torch.zeros(n, channels))
+            self.register_buffer("running_var", torch.ones(n, channels))
 
-    def attention_map(self, x: Tensor) -> Tensor:
-        """Weights (N, H*W, H*W/4): row q says where position q looks and sums to 1."""
-        query, key = self.query(x).flatten(2), F.max_pool2d(self.key(x), 2).flatten(2)
-        return (query.transpose(1, 2) @ key).float().softmax(dim=-1)
+    def activation(self, x: Tensor) -> Tensor:
+        """Return F (N, n, H, W), the likeness of each position to n of the max-pooled keys.
+
+        F_ij = k(x_i)^T q(x_j). Each image draws its n positions i anew at each call, all different.
+        """
+        key, query = F.max_pool2d(self.key(x), 2).flatten(2), self.query(x).flatten(2)
+        where = torch.rand(key[:, :1].shape, device=x.device).topk(len(self.t)).indices  # (N, 1, n)
+        sampled = key.gather(2, where.expand(-1, key.shape[1], -1))
+        with autocast(x.device.type, enabled=False):
+            product = sampled.to(self.t.dtype).transpose(1, 2) @ query.to(self.t.dtype)
+            return product.unflatten(2, x.shape[2:])
+
+    def layout(self, x: Tensor) -> Tensor:
+        """Return S (N, n, H, W), fp32, of x (N, C, H, W): shares of the entities that sum to 1.
+
+        S = softmax(tau (t F + f(X))). Outside training t is 0: X alone decides.
+        """
+        raw = self.entity(x).to(self.beta.dtype)  # parameters stay in fp32 under autocast
+        if self.sampling and self.training:
+            raw = raw + self.t[:, None, None] * self.activation(x)
+        return (self.tau * raw).softmax(dim=1)
+
+    def statistics(self, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance (N, n, C) of v (N, C, P) in the regions s (N, n, P)."""
+        mass = s.sum(dim=2, keepdim=True) + 1e-6 if self.weighted else v.shape[2]
+        mean = s @ v.transpose(1, 2) / mass
+        square = (s if self.weighted else s.square()) @ v.square().transpose(1, 2) / mass
+        return mean, square - mean.square()
+
+    def regional_norm(self, v: Tensor, s: Tensor) -> Tensor:
+        """Normalise v (N, C, P) in each of the regions s (N, n, P) and blend them, in fp32."""
+        # The variance is a difference of two sums that a large mean would drown. Shifting v cancels
+        # in the weighted reading: the gradient of the shift is zero.
+        centre = v.detach().mean(dim=2, keepdim=True) * self.weighted
+        v, centre = v - centre, centre.transpose(1, 2)
+        if self.batch and not self.training:
+            mean, var = self.running_mean - centre, self.running_var
+        else:
+            mean, var = self.statistics(v, s)
+        if self.batch and self.training:
+            self.running_mean.lerp_((mean + centre)[0].detach(), self.momentum)
+            self.running_var.lerp_(var[0].detach(), self.momentum)
+        sigma = var.clamp_min(1e-12).sqrt()  # the root of zero has no gradient
+        gain = self.beta / (sigma + 1e-5)
+        shift = self.alpha - mean * gain
+        # Eq. 5: sum over i of ((v - mean_i) / (sigma_i + eps) * beta_i + alpha_i) * S_i
+        return (shift.transpose(-1, -2) @ s).addcmul_(v, gain.transpose(-1, -2) @ s)
 
     def forward(self, x: Tensor) -> Tensor:
-        key, value = F.max_pool2d(self.key(x), 2), F.max_pool2d(self.value(x), 2)
-        return x + self.gamma * self.out(attend(self.query(x), key, value))
+        s, v = self.layout(x).flatten(2), self.value(x).flatten(2)
+        with autocast(x.device.type, enabled=False):
+            v = v.to(s.dtype)
+            if self.batch and self.training:  # the batch as one image of N H W pixels
+                s, v = (maps.transpose(0, 1).flatten(1)[None] for maps in (s, v))
+            out = self.regional_norm(v, s)
+            if self.batch and self.training:
+                out = out[0].unflatten(1, (len(x), -1)).transpose(0, 1)
+            return torch.addcmul(x.to(out.dtype), self.rho, out.reshape(x.shape)).to(x.dtype)
 
 
 class ContextualAttention(nn.Module):
@@ -365,28 +320,26 @@ class ContextualAttention(nn.Module):
     the full map's 4x4 patches are pasted over each other, weighted, 2 apart. No parameters.
     """
 
-    def __init__(self, args: Args) -> None:
-        super().__init__()
-        self.fuse, self.scale = args.fuse, 10.0
+    scale = 10.0  # of the softmax
 
     def similarity(self, x: Tensor) -> Tensor:
-        """s (N, P, P) of the halved map's P patches: row p likens patch p to all normed ones."""
+        """Return s (N, P, P): row p likens patch p of the halved map to all normalised patches.
+
+        Neighbouring patches that match neighbouring ones are favoured: s is summed along its
+        diagonals, in row-major and then in column-major order of the positions.
+        """
         patches = F.unfold(x[..., ::2, ::2], 3, padding=1)
         normed = patches / patches.norm(dim=1, keepdim=True).clamp_min(1e-4)
-        s = patches.transpose(1, 2) @ normed
-        if not self.fuse:
-            return s
-        height, width = x.shape[2] // 2, x.shape[3] // 2
+        s, height, width = patches.transpose(1, 2) @ normed, x.shape[2] // 2, x.shape[3] // 2
         for rows, columns in ((height, width), (width, height)):
-            # Along the diagonals in row-major order, then in column-major; row ends wrap around.
-            around = F.pad(s, (1, 1, 1, 1))
+            around = F.pad(s, (1, 1, 1, 1))  # the ends of rows wrap around, as in Yu et al.'s code
             s = around[:, :-2, :-2] + s + around[:, 2:, 2:]
             s = s.unflatten(2, (rows, columns)).unflatten(1, (rows, columns))
             s = s.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
         return s
 
     def attention(self, x: Tensor, mask: Tensor) -> Tensor:
-        """a (N, P, P): row p weighs the patches, and sums to at most 1.
+        """Return a (N, P, P): row p weighs the patches, and sums to at most 1.
 
         Masked ones score 0, not minus infinity, and then count for nothing.
         """
@@ -398,142 +351,33 @@ class ContextualAttention(nn.Module):
         return known * logits.maximum(floor).softmax(dim=2)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast(x.device.type, enabled=False):
             values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            pasted = F.unfold(values, 4, stride=2, padding=1)
-            out = pasted @ self.attention(values, mask).transpose(1, 2)
+            patches = F.unfold(values, 4, stride=2, padding=1)
+            out = patches @ self.attention(values, mask).transpose(1, 2)
             return (F.fold(out, x.shape[2:], 4, stride=2, padding=1) / 4).to(x.dtype)
 
 
-class AttentiveNorm(nn.Module):
-    """Attentive normalization: instance norm of n soft regions that the features themselves choose.
-
-    (N, C, H, W) -> (N, C, H, W), H and W above 1. The layout S (N, n, H, W) is a softmax over n
-    entities; a region's pixels v are normalised by its own mean and deviation, scaled by beta and
-    shifted by alpha, and the regions blended by S (Eq. 5). The gain rho starts at 0: the block
-    starts as the identity. Self-sampling acts in training mode only.
-
-    With M = sum of S and P pixels, --an-reading takes the mean and the variance of a region as
-      weighted  sum S v / M        sum S (v - mean)^2 / M    instance norm where S is uniform or 0/1
-      literal   sum S v / P        sum (S v - mean)^2 / P    Eq. 5 as printed
-      readme    sum S v / M        sum (S v - mean)^2 / M    the authors' README
-      official  sum S v / (P M)    sum (S v - mean)^2 / M    the authors' code
-    By matrix products of (n, P) with (P, C): nothing of size (N, n, C, P) is ever built.
-    """
-
-    def __init__(self, channels: int, args: Args) -> None:
-        super().__init__()
-        n, inner = args.entities, max(1, channels // 8)
-        self.tau, self.reading, self.sampling = args.tau, args.an_reading, args.self_sampling
-        self.batch, self.momentum = args.region_stats == "bn", 0.1
-        self.entity = nn.Conv2d(channels, n, 1, bias=False)  # f(X) = W X
-        init = {"orthogonal": nn.init.orthogonal_, "xavier": nn.init.xavier_uniform_}
-        init.get(args.entity_init, nn.init.normal_)(self.entity.weight)
-        if self.sampling:
-            self.key, self.query = nn.Conv2d(channels, inner, 1), nn.Conv2d(channels, inner, 1)
-            self.t = nn.Parameter(torch.full((n,), 0.1))
-        self.value = nn.Conv2d(channels, channels, 1) if args.an_value else nn.Identity()
-        self.beta = nn.Parameter(torch.ones(n, channels))  # the scale, against habit
-        self.alpha = nn.Parameter(torch.zeros(n, channels))  # the shift
-        self.rho = nn.Parameter(torch.zeros(()))
-        if self.batch:
-            self.register_buffer("running_mean", torch.zeros(n, channels))
-            self.register_buffer("running_var", torch.ones(n, channels))
-
-    def activation(self, x: Tensor) -> Tensor:
-        """F (N, n, H, W): likeness of each position to n random ones of the 2x2 max-pooled keys.
-
-        Each image draws its own positions at each call, all different where there are enough.
-        """
-        key, query = F.max_pool2d(self.key(x), 2).flatten(2), self.query(x).flatten(2)
-        (count, inner, places), n = key.shape, len(self.t)
-        if n <= places:
-            where = torch.rand(count, places, device=x.device).topk(n).indices
-        else:
-            where = torch.randint(places, (count, n), device=x.device)
-        sampled = key.gather(2, where[:, None].expand(-1, inner, -1))
-        with torch.autocast(x.device.type, enabled=False):
-            query, sampled = query.to(self.t.dtype), sampled.to(self.t.dtype)
-            return (sampled.transpose(1, 2) @ query).unflatten(2, x.shape[2:])
-
-    def layout(self, x: Tensor) -> Tensor:
-        """S (N, n, H, W), fp32, of x (N, C, H, W): the share of each entity, summing to 1."""
-        raw = self.entity(x).to(self.beta.dtype)  # parameters stay in fp32 under autocast
-        if self.sampling and self.training:
-            raw = raw + self.t[:, None, None] * self.activation(x)
-        return (self.tau * raw).softmax(dim=1)
-
-    def statistics(self, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (N, n, C), in batch mode (1, n, C), of v (N, C, P) in regions s."""
-
-        def total(sums: Tensor) -> Tensor:
-            return sums.sum(dim=0, keepdim=True) if self.batch else sums
-
-        pixels = v.shape[2] * (len(v) if self.batch else 1)
-        mass = total(s.sum(dim=2, keepdim=True)) + 1e-6
-        first = total(s @ v.transpose(1, 2))
-        if self.reading == "weighted":
-            mean = first / mass
-            var = total(s @ v.square().transpose(1, 2)) / mass - mean.square()
-            return mean, var.clamp_min(0)
-        second = total(s.square() @ v.square().transpose(1, 2))
-        if self.reading == "literal":
-            mean = first / pixels
-            return mean, (second / pixels - mean.square()).clamp_min(0)
-        mean = first / mass / (pixels if self.reading == "official" else 1)
-        return mean, ((second - 2 * mean * first + pixels * mean.square()) / mass).clamp_min(0)
-
-    def regional_norm(self, v: Tensor, s: Tensor) -> Tensor:
-        """v (N, C, P) normalised in each of the regions s (N, n, P) and blended, in fp32."""
-        over_batch = self.batch and self.training
-        if self.reading == "weighted":
-            # The variance is a difference of two sums that a large mean would drown. Shifting v
-            # cancels in the result: its gradient is zero.
-            centre = v.detach().mean(dim=(0, 2) if over_batch else 2, keepdim=True)
-        else:
-            centre = v.new_zeros(1, v.shape[1], 1)
-        v, centre = v - centre, centre.transpose(1, 2)
-        if self.batch and not self.training:
-            mean, var = self.running_mean - centre, self.running_var
-        else:
-            mean, var = self.statistics(v, s)
-        if over_batch:
-            self.running_mean.lerp_((mean + centre)[0].detach(), self.momentum)
-            self.running_var.lerp_(var[0].detach(), self.momentum)
-        gain = (self.beta / (var + 1e-5).sqrt()).expand(len(v), -1, -1)
-        shift = self.alpha - mean * gain
-        # Eq. 5: sum over i of ((v - mean_i) / sigma_i * beta_i + alpha_i) * S_i
-        return (shift.transpose(1, 2) @ s).addcmul_(v, gain.transpose(1, 2) @ s)
-
-    def forward(self, x: Tensor) -> Tensor:
-        s, v = self.layout(x).flatten(2), self.value(x).flatten(2)
-        with torch.autocast(x.device.type, enabled=False):
-            out = self.regional_norm(v.to(s.dtype), s).view_as(x)
-            return torch.addcmul(x.to(out.dtype), self.rho, out).to(x.dtype)
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Networks
-# --------------------------------------------------------------------------------------------------
+# ---- 4. Networks ---------------------------------------------------------------------------------
 def conv2d(c_in: int, c_out: int, size: int = 3, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Convolution that keeps the size of a map, or halves it, with zeros around."""
+    """Make a convolution that keeps the size of a map, or halves it, with zeros around."""
     return nn.Conv2d(c_in, c_out, size, stride, dilation * (size // 2), dilation)
 
 
 def elus(*convs: nn.Module) -> list[nn.Module]:
-    """Each convolution and an ELU after it; no normalisation."""
-    return [layer for module in convs for layer in (module, nn.ELU())]
+    """Put an ELU after each convolution; there is no normalisation."""
+    return [layer for conv in convs for layer in (conv, nn.ELU())]
 
 
-def encoder(c: int, row2: int, row4: int) -> list[nn.Module]:
-    """Rows 1 to 5 of the layer table, to 4c channels at a quarter of the size: 5 -> 4c."""
-    rows = conv2d(5, c, 5), conv2d(c, row2, 3, 2), conv2d(row2, 2 * c), conv2d(2 * c, row4, 3, 2)
-    return elus(*rows, conv2d(row4, 4 * c))
+def encoder(c: int) -> list[nn.Module]:
+    """Rows 1 to 5 of the layer table, to a quarter of the size: 5 -> 4c channels."""
+    rows = conv2d(5, c, 5), conv2d(c, 2 * c, stride=2), conv2d(2 * c, 2 * c)
+    return elus(*rows, conv2d(2 * c, 4 * c, stride=2), conv2d(4 * c, 4 * c))
 
 
 def dilated(c: int) -> list[nn.Module]:
-    """Rows 6 to 10: 4c -> 4c."""
-    return elus(conv2d(4 * c, 4 * c), *(conv2d(4 * c, 4 * c, dilation=d) for d in (2, 4, 8, 16)))
+    """Rows 6 to 10: 4c -> 4c channels."""
+    return elus(*(conv2d(4 * c, 4 * c, dilation=d) for d in (1, 2, 4, 8, 16)))
 
 
 def decoder(c: int, channels: int) -> list[nn.Module]:
@@ -549,158 +393,96 @@ def decoder(c: int, channels: int) -> list[nn.Module]:
 class Generator(nn.Module):
     """Images (N, 3, H, W) in [-1, 1], mask (N, 1, H, W) with 1 = missing -> coarse and fine images.
 
-    H and W multiples of 8. What the image holds under the mask is never seen.
+    H and W are multiples of 8. What an image holds under the mask is never seen.
     """
 
     def __init__(self, args: Args) -> None:
         super().__init__()
         c, self.refine = args.g_ch, args.refine
-        row2, row4 = (2 * c, 4 * c) if args.widths == "official" else (c, 2 * c)
-        self.coarse = nn.Sequential(*encoder(c, 2 * c, 4 * c), *dilated(c), *decoder(c, 4 * c))
-        self.branch_a = nn.Sequential(*encoder(c, row2, row4), *dilated(c))
-        self.decoder = nn.Sequential(*decoder(c, 4 * c if args.refine == "none" else 8 * c))
-        self.module = None
-        if args.refine == "none":
-            return
-        self.branch_b = nn.Sequential(*encoder(c, row2, 4 * c), conv2d(4 * c, 4 * c))
-        modules = {
-            "an": lambda: AttentiveNorm(4 * c, args),
-            "ca": lambda: ContextualAttention(args),
-            "sa": lambda: PooledAttention(4 * c, bias=False),
-            "plain": nn.Identity,
-        }
-        self.module = modules[args.refine]()
+        self.coarse = nn.Sequential(*encoder(c), *dilated(c), *decoder(c, 4 * c))
+        self.branch_a = nn.Sequential(*encoder(c), *dilated(c))
+        self.branch_b = nn.Sequential(*encoder(c), conv2d(4 * c, 4 * c))
+        modules = {"an": lambda: AttentiveNorm(4 * c, args), "ca": ContextualAttention}
+        self.module = modules.get(args.refine, nn.Identity)()
         self.branch_b_end = nn.Sequential(*elus(conv2d(4 * c, 4 * c), conv2d(4 * c, 4 * c)))
-
-    def semantic(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Branch B: the module stands between a convolution and its activation."""
-        x = self.branch_b(x)
-        if self.refine == "ca":
-            x = self.module(F.relu(x), F.interpolate(mask, x.shape[2:]))  # nearest
-        else:
-            x = F.elu(self.module(x))
-        return self.branch_b_end(x)
+        self.decoder = nn.Sequential(*decoder(c, 8 * c))
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         image, ones = image * (1 - mask), torch.ones_like(mask)
         coarse = self.coarse(torch.cat((image, ones, mask), dim=1)).clamp(-1, 1)
         x = torch.cat((composite(coarse, image, mask), ones, mask), dim=1)
-        maps = [self.branch_a(x)] + ([self.semantic(x, mask)] if self.refine != "none" else [])
-        return coarse, self.decoder(torch.cat(maps, dim=1)).clamp(-1, 1)
-
-
-def strided(widths: Sequence[int]) -> list[nn.Module]:
-    """5x5 convolutions of stride 2 from an image on, each with a LeakyReLU."""
-    pairs = itertools.pairwise((3, *widths))
-    return [layer for a, b in pairs for layer in (conv2d(a, b, 5, 2), nn.LeakyReLU(0.2))]
+        a, b = self.branch_a(x), self.branch_b(x)
+        if self.refine == "ca":
+            b = self.module(F.relu(b), F.interpolate(mask, b.shape[2:]))  # nearest
+        else:
+            b = F.elu(self.module(b))  # between the convolution and its activation
+        x = torch.cat((a, self.branch_b_end(b)), dim=1)
+        return coarse, self.decoder(x).clamp(-1, 1)
 
 
 class Critic(nn.Module):
     """Images (N, 3, S, S) -> scores (N,): 5x5 convolutions of stride 2 and a linear layer."""
 
-    def __init__(self, widths: Sequence[int], size: int) -> None:
+    def __init__(self, c: int, size: int) -> None:
         super().__init__()
-        for _ in widths:
-            size = (size + 1) // 2
-        linear = nn.Linear(widths[-1] * size**2, 1)
-        self.layers = nn.Sequential(*strided(widths), nn.Flatten(), linear)
+        layers, channels = [], 3
+        for out in (c, 2 * c, 4 * c, 8 * c, 4 * c, 2 * c):
+            layers += [conv2d(channels, out, 5, 2), nn.LeakyReLU(0.2)]
+            channels, size = out, (size + 1) // 2
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten()
 
 
-class PatchCritic(nn.Module):
-    """Images (N, 3, H, W), mask -> scores (N,): mean score of the patches that touch the hole."""
-
-    def __init__(self, widths: Sequence[int]) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*strided(widths), conv2d(widths[-1], 1, 5, 2))
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        scores = self.layers(x)
-        touched = F.adaptive_max_pool2d(mask, scores.shape[2:])
-        return (scores * touched).sum(dim=(1, 2, 3)) / touched.sum(dim=(1, 2, 3)).clamp_min(1)
-
-
 class Discriminator(nn.Module):
-    """Images (N, 3, S, S), mask (N, 1, S, S), box corners (N, 2) -> summed critic scores (N,)."""
+    """Images (N, 3, S, S), corners (N, 2) of the boxes -> summed scores (N,) of the critics."""
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        official = args.widths == "official"
-        whole, local = ((1, 2, 4, 8, 4, 2),) * 2 if official else ((1, 2, 4, 4), (1, 2, 4, 8))
-        self.box = args.box
-        self.whole = Critic([args.d_ch * k for k in whole], args.img_size)
-        self.local = self.patch = None
-        if args.critics == "global-local":
-            self.local = Critic([args.d_ch * k for k in local], args.box)
-        if args.critics == "global-patch":
-            self.patch = PatchCritic([args.d_ch * k for k in (1, 2, 4, 8)])
+        self.side = args.side
+        sizes = [args.img_size, args.side] if args.local_critic else [args.img_size]
+        self.critics = nn.ModuleList(Critic(args.d_ch, size) for size in sizes)
 
-    def views(self, x: Tensor, mask: Tensor, box: Tensor) -> list[tuple[Callable, Tensor]]:
-        """Each critic, and what it sees of x."""
-        pairs = [(self.whole, x)]
-        if self.local:
-            pairs += [(self.local, crop_boxes(x, box, self.box))]
-        if self.patch:
-            pairs += [(lambda image: self.patch(image, mask), x)]
-        return pairs
+    def views(self, x: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the critics see: all of x (N, 3, S, S), and the boxes in it."""
+        return x, crop_boxes(x, box, self.side)
 
-    def forward(self, x: Tensor, mask: Tensor, box: Tensor) -> Tensor:
-        return sum(critic(view) for critic, view in self.views(x, mask, box))
+    def forward(self, x: Tensor, box: Tensor) -> Tensor:
+        return sum(critic(view) for critic, view in zip(self.critics, self.views(x, box)))
 
 
 def composite(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """The image with its hole filled from the output."""
+    """Fill the hole of the image from the output."""
     return output * mask + image * (1 - mask)
 
 
 def crop_boxes(x: Tensor, box: Tensor, side: int) -> Tensor:
-    """Squares (N, C, side, side) of x (N, C, H, W), each image's: box (N, 2) holds top, left."""
+    """Cut a square (N, C, side, side) out of each image of x (N, C, H, W); box holds top, left."""
     n, span = torch.arange(len(x), device=x.device), torch.arange(side, device=x.device)
     rows, columns = (box[:, i, None] + span for i in (0, 1))
     return x[n[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Losses
-# --------------------------------------------------------------------------------------------------
-def mean_l1(output: Tensor, real: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """L1 averaged over the hole's pixels plus L1 averaged over the known ones, of each image.
+# ---- 5. Losses -----------------------------------------------------------------------------------
+def l1_loss(args: Args, output: Tensor, real: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute error of the image (Eq. 9), or that of the hole plus that of the known part.
 
-    `weight` (N, 1, H, W) scales the errors in the hole.
+    Of the bare output, before compositing; the two parts are averaged in each image by itself.
     """
     error = (output - real).abs().mean(dim=1, keepdim=True)
-    hole = mask if weight is None else mask * weight
-    sums = [(error * part).sum(dim=(1, 2, 3)) for part in (hole, 1 - mask)]
-    counts = [part.sum(dim=(1, 2, 3)).clamp_min(1) for part in (mask, 1 - mask)]
-    return (sums[0] / counts[0] + sums[1] / counts[1]).mean()
-
-
-def depth_discount(box: Tensor, side: int, size: int) -> Tensor:
-    """0.9 to the power of the distance to the box's nearest side: (N, 1, size, size) (DeepFill)."""
-    at = torch.arange(size, device=box.device) - box[..., None]  # (N, 2, size)
-    deep = torch.minimum(at, side - 1 - at).clamp_min(0)
-    return (0.9 ** torch.minimum(deep[:, 0, :, None], deep[:, 1, None, :]))[:, None]
-
-
-def reconstruction_loss(
-    args: Args, coarse: Tensor, fine: Tensor, real: Tensor, mask: Tensor, box: Tensor
-) -> Tensor:
-    """Summed L1 of both stages' outputs to the real images, before compositing."""
     if args.reconstruction == "full":
-        return (coarse - real).abs().mean() + (fine - real).abs().mean()  # the L1 of Eq. 9
-    if args.reconstruction == "discount":
-        weight = depth_discount(box, args.box, args.img_size)
-        return 1.2 * mean_l1(coarse, real, mask, weight) + mean_l1(fine, real, mask, weight)
-    return mean_l1(coarse, real, mask) + mean_l1(fine, real, mask)
+        return error.mean()
+    parts = [(error * part).sum(dim=(1, 2, 3)) / part.sum(dim=(1, 2, 3)).clamp_min(1)
+             for part in (mask, 1 - mask)]  # fmt: skip
+    return (parts[0] + parts[1]).mean()
 
 
 def orthogonality(net: nn.Module) -> Tensor:
-    """Sum over the AN modules of a network of ||W W^T - I||_F^2, W (n, C) their entities' filters.
+    """Return the sum over a network's AN modules of ||W W^T - I||_F^2, W (n, C) entity filters.
 
-    The paper gives no weight for it; the authors' code sums the signed entries of W^T W - I, whose
-    minimum makes the filters cancel, not orthogonal.
+    The authors' code sums the signed entries of W^T W - I: that sum is least where the filters
+    cancel one another, not where they are orthogonal.
     """
     penalty = torch.zeros((), device=next(net.parameters()).device)
     for module in net.modules():
@@ -715,795 +497,658 @@ def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> T
 
     The norm is over all values of a sample; `norm`, unlike a root of squares, has a gradient at 0.
     """
-    with torch.autocast(real.device.type, enabled=False):
+    with autocast(real.device.type, enabled=False):
         mixed = (eps * real + (1 - eps) * fake).requires_grad_()
         (grad,) = torch.autograd.grad(D(mixed).sum(), mixed, create_graph=True)
         return (grad.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def critics_penalty(
-    D: Discriminator, real: Tensor, fake: Tensor, mask: Tensor, box: Tensor, region: str,
-    draw: Callable[[], Tensor],
-) -> Tensor:  # fmt: skip
-    """Sum of the critics' gradient penalties (Eq. 10), each with mixing weights of its own.
-
-    Region "hole": only the gradient of the pixels in the hole enters the norm.
-    """
-    views, penalties = [D.views(x, mask, box) for x in (real, fake, mask)], []
-    for (critic, r), (_, f), (_, m) in zip(*views):
-
-        def score(x: Tensor, critic: Callable = critic, m: Tensor = m) -> Tensor:
-            return critic(x if region == "full" else torch.where(m > 0, x, x.detach()))
-
-        penalties.append(gradient_penalty(score, r, f, draw()))
-    return sum(penalties)
+# ---- 6. Data -------------------------------------------------------------------------------------
+def draw_shape(index: int) -> Image.Image:
+    """Draw a coloured shape and its mirror image; the class is index % 8."""
+    rng, (kind, hollow) = random.Random(index), divmod(index % 8, 2)
+    low, high, ink = (tuple(rng.randrange(a, a + 96) for _ in range(3)) for a in (0, 64, 159))
+    circle = rng.randrange(48, 80), rng.randrange(64, 192), rng.randrange(28, 48)
+    corners, angle, fill = (3, 4, 6, 60)[kind], rng.randrange(360), None if hollow else ink
+    image = ImageOps.colorize(Image.linear_gradient("L"), low, high)  # 256 x 256
+    ImageDraw.Draw(image).regular_polygon(circle, corners, angle, fill, ink, 12)
+    image.paste(ImageOps.mirror(image.crop((0, 0, 128, 256))), (128, 0))
+    return image
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Data
-# --------------------------------------------------------------------------------------------------
-def open_source(args: Args, held_out: bool) -> tuple[Dataset, list[int]]:
-    """A data set, and the indices of its images to train on or of those held out."""
-    root, names = Path(args.data_dir), ("val", "test") if held_out else ("train",)
-    if held_out and args.eval_from:
-        source = fid.Folder(args.eval_from)
-    elif args.dataset == "paris-streetview":
-        found = [root / name for name in names if (root / name).is_dir()]
-        if not found:
-            how = "it needs train/ and val/ (or test/) there; the authors of the context encoder, "
-            how += "https://github.com/pathak22/context-encoder, send it by e-mail"
-            raise fid.UserError(f"--dataset {args.dataset} not found in {root.absolute()}: {how}")
-        source = fid.Folder(found[0])
-    else:
-        source = fid.Shapes() if args.dataset == "shapes" else fid.Folder(root)
-        count = 1_000 if args.dataset == "shapes" else len(source)
-        return source, [i for i in range(count) if held_out == (i % 20 == 0)]
-    return source, list(range(len(source)))
-
-
-def by_name(flag: str, folder: str | Path) -> dict[str, Path]:
-    """The image files of a flag's folder by their names without suffix, each of which is one's."""
-    paths = fid.image_files(folder)
-    found = {path.stem: path for path in paths}
-    again = len(paths) - len(found)
-    require(again == 0, flag, "hold each name once", f"{again} of {len(paths)} again")
-    return found
-
-
-def load_photos(args: Args, held_out: bool) -> fid.Photos:
-    """The photographs to train on, or those held out; the first process decodes them, once."""
-
-    def prepare_cache() -> tuple[str, list[str]]:
-        source, indices = open_source(args, held_out)
-        must = f"be at most {len(indices)}, the number of images"
-        fits = held_out or args.batch_size <= len(indices)
-        require(fits, "batch_size", must, args.batch_size)
-        about = getattr(source, "key", args.dataset), indices, args.img_size, args.resize
-        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        path = Path(args.data_dir) / "cache" / f"photos-{args.img_size}-{digest}.npy"
-        if not path.exists():
-            small, workers = args.resize or not held_out, args.num_workers
-            fid.cache_photos(source, indices, path, args.img_size, args.resize, small, workers)
-        names = [file.stem for file in getattr(source, "files", [])]
-        return str(path), [names[i] if names else f"{i:05d}" for i in indices]
-
-    path, names = fid.on_main(prepare_cache)
-    masked = held_out and args.eval_mask == "file"
-    if masked and (missing := set(names) - by_name("mask_dir", args.mask_dir).keys()):
-        has = f"{len(missing)} of {len(names)} images, such as {', '.join(sorted(missing)[:5])}"
-        raise fid.UserError(f"{args.mask_dir} has no masks of the same name for {has}")
-    return fid.Photos(Path(path), names)
-
-
-def read_photo(path: Path) -> Tensor:
-    """A photograph as uint8 (3, H, W), upright."""
+def open_image(path: Path) -> Image.Image:
+    """Open an image file as upright RGB: 16 bits scaled to 8, transparent parts on white."""
     try:
-        image = ImageOps.exif_transpose(fid.open_image(path))
+        image = ImageOps.exif_transpose(Image.open(path))
     except Exception as error:  # decoders fail in many ways
-        raise fid.UserError(f"{path} cannot be read: {error or type(error).__name__}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        raise OSError(f"cannot read {path}: {error}") from error
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
-def read_mask(path: Path, size: tuple[int, int], invert: bool) -> Tensor:
-    """The hole (1, H, W), float 0 or 1, of a mask file: 128 or more of 255 is missing."""
-    rgb = read_photo(path)
-    if rgb.shape[1:] != size:
-        sizes = [f"{shape[1]}x{shape[0]}" for shape in (rgb.shape[1:], size)]
-        raise fid.UserError(f"{path} is {sizes[0]} pixels, its image {sizes[1]}: equal sizes only")
-    with Image.open(path) as image:
-        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (rgb != rgb[:1]).any():
-            fid.warn(f"{path} has colours or alpha: its luminance counts")
-        grey = np.array(Image.fromarray(rgb.permute(1, 2, 0).numpy()).convert("L"))
-    if ((grey > 10) & (grey < 245)).mean() > 0.01:
-        fid.warn(f"{path} is not black and white: 128 and above counts as white")
-    return torch.from_numpy((grey >= 128) != invert)[None].float()
+def load_photos(args: Args, held_out: bool) -> tuple[list[Tensor], str]:
+    """Return uint8 photographs (H, W, 3), their short side --img-size, and a name of the content.
+
+    Those to train on, or those held out: of --eval-dir, else every 20th. Rank 0 decodes a folder
+    once, into one file beside a table of sizes; the photographs are views of it.
+    """
+    if RANK > 0:
+        dist.barrier()
+    apart = args.eval_dir if args.dataset == "folder" else ""
+    root = Path(apart if held_out and apart else args.data_dir).expanduser()
+    cache = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
+    read, source, stats = draw_shape, range(1_000), []
+    if args.dataset == "folder":
+        read, source = open_image, fid.image_files(root, [args.out_dir, cache])
+        stats = [(str(file.relative_to(root)), file.stat()) for file in source]
+        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    content, times = (zlib.crc32(repr(x).encode()) for x in ([s[:2] for s in stats], stats))
+    folder = cache / f"{args.dataset}-{len(source)}-{content:08x}"
+    path = folder / f"photos-{args.img_size}-{times:08x}.bin"
+    if not path.exists():
+        decode_photos(read, source, path, args.img_size)
+    if RANK == 0 and WORLD > 1:
+        dist.barrier()
+    sizes = np.load(path.with_suffix(".npy")).tolist()
+    flat = torch.from_numpy(np.memmap(path, np.uint8, "c"))  # c: copy on write, for PyTorch
+    parts = flat.split([height * width * 3 for height, width in sizes])
+    photos = [part.view(*size, 3) for part, size in zip(parts, sizes)]
+    if not apart:
+        photos = [photo for i, photo in enumerate(photos) if (i % 20 == 0) == held_out]
+    rule = f"held out ({apart or 'every 20th'})" if held_out else "to train on"
+    print(f"{len(photos)} images {rule}")
+    return photos, folder.name
 
 
-def stroke_mask(size: int, rng: np.random.Generator, test: bool) -> np.ndarray:
-    """Union (size, size) of 8 brush strokes with round joints; lengths are for a side of 256."""
-    unit = size / 256
-    vertices, length, brush = (20, 100, 24) if test else (16, 80, 20)
-    image = Image.new("L", (size, size))
-    draw = ImageDraw.Draw(image)
+def decode_photos(read: Callable, source: Sequence, path: Path, side: int) -> None:
+    """Write photographs (H, W, 3), resized to a short side, to one file, and their sizes beside."""
+    print(f"decoding {len(source)} images into {path}, once")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, sizes = path.with_suffix(f".{os.getpid()}"), []
+
+    def decode_one(item: Any) -> np.ndarray:
+        return np.array(TF.resize(read(item), [side]))
+
+    try:
+        with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
+            for first in range(0, len(source), 256):  # map submits all it gets at once
+                for photo in pool.map(decode_one, source[first : first + 256]):
+                    sizes.append(photo.shape[:2])
+                    file.write(photo)
+        np.save(path.with_suffix(".npy"), sizes)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cut(photo: Tensor, side: int, y: float = 0.5, x: float = 0.5) -> Tensor:
+    """Cut a square (3, side, side) out of a photograph (H, W, 3); y, x in [0, 1), 0.5: centred."""
+    top, left = (int(at * (n - side + 1)) for at, n in zip((y, x), photo.shape))
+    return photo[top : top + side, left : left + side].permute(2, 0, 1)
+
+
+def read_mask(path: Path, size: tuple[int, int], invert: bool) -> np.ndarray:
+    """Return the hole (H, W), bool, of a mask file, resized to size (W, H) by picking pixels.
+
+    Missing is the transparent part if there is one, else what is brighter than mid-grey.
+    """
+    grey, image = open_image(path).convert("L"), ImageOps.exif_transpose(Image.open(path))
+    alpha = image.convert("RGBA").getchannel("A")
+    if alpha.getextrema()[0] < 128:
+        grey = ImageOps.invert(alpha)
+    return (np.asarray(grey.resize(size, Image.Resampling.NEAREST)) >= 128) != invert
+
+
+def draw_strokes(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw 8 polylines of a brush, (size, size), bool; lengths are for a side of 256."""
+    image, unit = Image.new("L", (size, size)), size / 256
     for _ in range(8):
-        at, width = rng.uniform(0, size, 2), max(1, round(rng.uniform(10, brush) * unit))
-        for _ in range(int(rng.integers(1, vertices))):
-            angle, far = rng.uniform(0, 2 * math.pi), rng.uniform(0, length) * unit
-            to = np.clip(at + far * np.array((math.cos(angle), math.sin(angle))), 0, size - 1)
-            draw.line((*at, *to), 255, width)
-            for x, y in (at, to):
-                draw.ellipse((x - width / 2, y - width / 2, x + width / 2, y + width / 2), 255)
-            at = to
-    return np.array(image) > 0
+        points, width = [rng.uniform(0, size, 2)], max(1, round(rng.uniform(10, 20) * unit))
+        for _ in range(rng.integers(1, 16)):
+            angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(0, 80) * unit
+            step = length * np.array([math.cos(angle), math.sin(angle)])
+            points.append((points[-1] + step).clip(0, size - 1))
+        line = [tuple(point) for point in points]
+        ImageDraw.Draw(image).line(line, 255, width, joint="curve")
+    return np.asarray(image) > 0
 
 
 def draw_hole(
-    args: Args, kind: str, rng: np.random.Generator, files: Sequence[Path], test: bool
+    args: Args, kind: str, rng: np.random.Generator, files: list[Path]
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """A hole (1, S, S), float32 with 1 = missing, and the top left corner of its box.
+    """Return a hole (S, S), bool, and the top left corner of its box; strokes and files have none.
 
     The box of a random rectangle lies anywhere, except at the very end; the hole is the box less
-    some rows at the top and bottom and some columns at both sides. Strokes and files have no box.
+    some rows at its top and bottom and some columns at both sides.
     """
-    size, side = args.img_size, args.box
-    hole, top, left = np.zeros((1, size, size), np.float32), 0, 0
+    size, side = args.img_size, args.side
     if kind == "file":
-        path = files[int(rng.integers(len(files)))]
-        return read_mask(path, (size, size), args.invert_mask).numpy(), (0, 0)
+        file = files[rng.integers(len(files))]
+        return read_mask(file, (size, size), args.invert_mask), (0, 0)
     if kind == "stroke":
-        hole[0] = stroke_mask(size, rng, test)
-    elif kind == "centre":
-        top = left = (size - side) // 2
-        hole[0, top : top + side, left : left + side] = 1
-    else:
+        return draw_strokes(size, rng), (0, 0)
+    top = left = (size - side) // 2
+    h = w = 0
+    if kind == "rect":
         top, left = rng.integers(0, max(1, size - side), 2).tolist()
         h, w = rng.integers(0, int(args.shrink * side) + 1, 2).tolist()
-        hole[0, top + h : top + side - h, left + w : left + side - w] = 1
+    hole = np.zeros((size, size), bool)
+    hole[top + h : top + side - h, left + w : left + side - w] = True
     return hole, (top, left)
 
 
-def endless_crops(
-    photos: fid.Photos, args: Args, device: torch.device, index: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """This process's shares of the batches from `index` on: images in [-1, 1], masks, box corners.
+def photo_batches(args: Args, photos: list[Tensor], device: torch.device, b: int) -> Iterator:
+    """Yield this process's share of batch `b` and of all later ones.
 
-    Batch b is a function of (seed, b) alone, with its crops and holes: a thread reads ahead.
+    Images (N, 3, S, S) in [-1, 1], masks (N, 1, S, S), corners (N, 2) of the boxes. A batch, with
+    its crops and holes, depends on its number and the seed alone.
     """
-    cuda, size, (rank, world) = device.type == "cuda", args.batch_size, fid.processes()
-    files = sorted(fid.image_files(args.mask_dir)) if args.train_mask == "file" else []
-
-    @functools.lru_cache(1)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((args.seed, epoch)).permutation(len(photos))
-
-    def read(index: int) -> list[Tensor]:
-        epoch, place = divmod(index, len(photos) // size)
-        rows, images, holes, boxes = order(epoch)[place * size : (place + 1) * size], [], [], []
-        for i in range(rank * size // world, (rank + 1) * size // world):
-            rng = np.random.default_rng((args.seed, index, i, 0))
-            crop = photos.crop(rows[i], args.img_size, *rng.random(2))
-            images += [crop[..., ::-1] if args.hflip and rng.random() < 0.5 else crop]
-            rng = np.random.default_rng((args.seed, index, 0 if args.shared_mask else i, 1))
-            hole, box = draw_hole(args, args.train_mask, rng, files, test=False)
-            holes, boxes = [*holes, hole], [*boxes, box]
-        batch = [torch.from_numpy(np.stack(part)) for part in (images, holes, boxes)]
-        return [part.pin_memory() if cuda else part for part in batch]
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read, index)
-        for following in itertools.count(index + 1):
-            batch, ahead = ahead.result(), pool.submit(read, following)
-            real, mask, box = (part.to(device, non_blocking=True) for part in batch)
-            yield real.float().div_(127.5).sub_(1), mask, box
+    size, files = args.batch_size, fid.image_files(args.mask_dir) if args.mask_dir else []
+    share = range(size)[RANK * size // WORLD : (RANK + 1) * size // WORLD]
+    while True:
+        epoch, place = divmod(b, len(photos) // size)
+        order = np.random.default_rng([args.seed, 2, epoch]).permutation(len(photos))
+        items = []
+        for i in share:
+            rng = np.random.default_rng([args.seed, 4, b, i])
+            image = cut(photos[order[place * size + i]], args.img_size, *rng.random(2))
+            mirrored = args.hflip and rng.random() < 0.5
+            hole, box = draw_hole(args, args.train_mask, rng, files)
+            item = image.flip(2) if mirrored else image, torch.from_numpy(hole)[None]
+            items.append((*item, torch.tensor(box)))
+        batch = [torch.stack(part) for part in zip(*items)]
+        if device.type == "cuda":
+            batch = [part.pin_memory().to(device, non_blocking=True) for part in batch]
+        real, mask, box = batch
+        yield real.float().div_(127.5).sub_(1), mask.float(), box
+        b += 1
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Run
-# --------------------------------------------------------------------------------------------------
-FORMAT = 2  # of the checkpoints; 2: with the name of the data
-load_checkpoint = functools.partial(fid.load_checkpoint, Path(__file__).stem, FORMAT)
-FREE_FLAGS = {  # what a resumed run may change: whatever leaves the training alone
-    "mode", "resume", "checkpoint", "dry_run", "total_steps", "phase2_steps", "log_every",
-    "sample_every", "eval_every", "save_every", "num_workers", "device", "out_dir", "data_dir",
-    "eval_from", "mask_dir", "num_samples", "fid_batch_size", "compare", "image", "mask", "output",
-}  # fmt: skip
+def held_out_images(args: Args, photos: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Return uint8 images (N, 3, S, S), spread over the held-out photographs, and their masks.
+
+    They are the photographs' centres; a mask depends on the place of its image alone.
+    """
+    files, items = fid.image_files(args.mask_dir) if args.mask_dir else [], []
+    n = min(count or len(photos), len(photos))
+    for i in range(n):
+        hole = draw_hole(args, args.eval_mask, np.random.default_rng([0, i]), files)[0]
+        image = cut(photos[i * len(photos) // n], args.img_size)
+        items.append((image, torch.from_numpy(hole)[None].float()))
+    images, masks = (torch.stack(part) for part in zip(*items))
+    return images, masks
 
 
-def setup(args: Args) -> torch.device:
-    """Choose this process's device and join the other processes."""
-    cuda = args.device.startswith("cuda") or (args.device == "auto" and torch.cuda.is_available())
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
-    device = torch.device(name if args.device in ("auto", "cuda") else args.device)
-    if cuda:
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo too: it passes the stop signal on without waiting for the GPU. Hours: the others wait
-        # while the first process decodes the data set.
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        fid.collective(dist.init_process_group, backend, timeout=timedelta(hours=12))
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    return device
+# ---- 7. Run --------------------------------------------------------------------------------------
+STOP: list[int] = []  # the signal that ends the training after the present step
 
 
 def run_folder(args: Args) -> Path:
-    """Where a run with these flags lives."""
-    name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name}__s{args.seed}"
-    return Path(args.out_dir) / name
+    """Return the folder of the run with these flags."""
+    name = f"{Path(__file__).stem}__{args.dataset}__{args.exp_name or args.model}__s{args.seed}"
+    return Path(args.out_dir).expanduser() / name
+
+
+# differs from giu_gan.py: mode inpaint takes the generator alone
+def find_checkpoint(args: Args) -> Path:
+    """Return --checkpoint or the run's: generator.pt to inpaint, else best.pt or checkpoint.pt."""
+    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    if args.checkpoint:
+        return Path(args.checkpoint).expanduser()
+    if args.mode == "inpaint":
+        return run_folder(args) / "generator.pt"
+    return best if best.exists() and args.mode != "train" else last
+
+
+def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
+    """Join the other processes; return the device, the forward passes' autocast, the scaler."""
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        if args.amp == "auto":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if native else torch.float16
+    if WORLD > 1:  # hours: the others wait while rank 0 decodes the data set
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    scaler = GradScaler(device.type, enabled=dtype == torch.float16)
+    return device, autocast(device.type, dtype, enabled=dtype is not None), scaler
+
+
+def seed_of(*key: int) -> int:
+    """Return a 32-bit seed that depends on every number of the key."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def draw(sampler: Callable, generator: torch.Generator, *shape: int) -> Tensor:
+    """Draw the whole batch's noise by torch.randn or torch.rand; return this process's share."""
+    return sampler(shape, generator=generator, device=generator.device).chunk(WORLD)[RANK]
+
+
+def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> Tensor:
+    """Step `net` down the loss, averaged over the processes; return the norm of its gradient.
+
+    One flat all-reduce: a DistributedDataParallel wrapper is silently wrong around a penalty.
+    """
+    params = [p for p in net.parameters() if p.requires_grad]
+    opt.zero_grad()
+    scaler.scale(loss).backward(inputs=params)
+    grads = [p.grad for p in params if p.grad is not None]
+    if WORLD > 1:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, mean in zip(grads, (flat / WORLD).split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
+    scaler.unscale_(opt)
+    norm = nn.utils.get_total_norm(grads)
+    scaler.step(opt)
+    scaler.update()
+    return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm  # 0: the step was skipped
+
+
+def sync_buffers(*nets: nn.Module) -> None:
+    """Give every process the buffers of rank 0: batch statistics are each process's own.
+
+    Not counters, which agree: AveragedModel's is on the CPU, where NCCL cannot send it.
+    """
+    for buffer in nn.ModuleList(nets).buffers() if WORLD > 1 else ():
+        if buffer.ndim > 0:
+            dist.broadcast(buffer, 0)
+
+
+def load(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint into networks, optimisers and the like by name; return all of it."""
+    state = torch.load(path, "cpu", weights_only=True)
+    for name, part in parts.items():
+        if state[name]:  # of a scaler that was not in use there is no state
+            part.load_state_dict(state[name])
+    return state
 
 
 class Run:
-    """One training run: precision, noise, updates, run folder, log, checkpoint, signals.
+    """The progress of a training: step, lowest FID and its step, log, checkpoints of `parts`."""
 
-    `data` names what is trained on; `parts` are what a checkpoint holds: the networks "G", "D",
-    their optimisers "g_opt", "d_opt".
-    `step` counts finished generator updates; everything is logged and named by it.
-    """
-
-    def __init__(self, args: Args, device: torch.device, data: str, **parts) -> None:
-        self.args, self.device, self.parts, self.folder = args, device, parts, run_folder(args)
-        self.data = data
-        self.rank, self.world = fid.processes()
-        self.step, self.best_fid, self.signal = 0, math.inf, 0
-        self.keys, self.rows = [], []  # names, and values of each step since the last log line
-        self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(args.amp)
-        if args.amp == "auto" and device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            self.dtype = torch.bfloat16 if native else torch.float16
-        fp16 = self.dtype == torch.float16
-        self.parts["scaler"] = self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.noise = torch.Generator(device)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-        self.open()
-        self.seed()
-        self.clock, self.mark = time.perf_counter(), self.step
-        self.spoken = self.clock
-
-    def open(self) -> None:
-        """Make the run folder, or with --resume take up its checkpoint, and start the log."""
-        checkpoint, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-
-        def take() -> None:
-            if self.folder.exists() and not self.args.resume:
-                how = "add --resume to go on with it, or choose another --exp-name"
-                raise fid.UserError(f"{self.folder} holds a run: {how}")
-            self.lock = fid.lock(self.folder / ".lock", "*.pt")
-
-        fid.on_main(take)
-        if fid.on_main(checkpoint.exists):
-            self.restore(load_checkpoint(checkpoint))
-        if self.rank > 0:
-            return
+    def __init__(self, args: Args, data: str, parts: dict[str, Any]) -> None:
+        """Start in the run's folder or, with --resume, from its checkpoint."""
+        self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
+        self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
+        if args.resume and find_checkpoint(args).exists():
+            state = load(find_checkpoint(args), parts)
+            self.step, self.best, self.sums, self.count = state["progress"]
+            if state["data"] != data:
+                raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        found = shutil.which("git") and subprocess.run(git, capture_output=True, text=True)
-        cuda = self.device.type == "cuda"
-        about = {
-            "args": asdict(self.args),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
-            "commit": found.stdout.strip() if found else "",
-        }
-        fid.write_text(self.folder / "args.json", json.dumps(about, indent=2))
-        kept = [record for record in fid.read_records(log) if record["step"] <= self.step]
-        fid.write_text(log, "".join(json.dumps(record) + "\n" for record in kept))
-        fid.quiet_threads()
-        self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        args, where = self.args, f"from step {self.step} to {self.args.total_steps}"
-        steps = f"{args.log_every}, {args.sample_every}, {args.save_every} steps"
-        every = f"log, samples/, checkpoint.pt every {steps}; Ctrl-C saves and ends"
-        fid.say(f"{self.folder}: {where} on {about['device']}; {every}")
-
-    def seed(self) -> None:
-        """Make the noise of the coming step a function of the seed and the step alone.
-
-        Every process draws the noise of the whole batch and keeps its share, so that the result
-        does not depend on their number; dropout and the like draw from a stream of their own.
-        """
-        self.noise.manual_seed(fid.mix("noise", self.args.seed, self.step))
-        torch.manual_seed(fid.mix("rest", self.args.seed, self.rank, self.step))
-
-    def draw(self, sampler: Callable[..., Tensor], *shape: int) -> Tensor:
-        """This process's share of noise of the given global shape, by torch.randn or torch.rand."""
-        noise = sampler(shape, generator=self.noise, device=self.device)
-        return noise.chunk(self.world)[self.rank]
-
-    def autocast(self) -> torch.autocast:
-        """The precision of the forward passes."""
-        return torch.autocast(self.device.type, self.dtype, self.dtype is not None)
-
-    def update(self, loss: Tensor, net: str) -> Tensor:
-        """Step net "G" or "D" down the loss, averaged over processes; the norm of its gradient."""
-        opt = self.parts[f"{net.lower()}_opt"]
-        parameters = [p for p in self.parts[net].parameters() if p.requires_grad]
-        opt.zero_grad(set_to_none=True)
-        # Not autograd.grad: its gradients may lie in memory in another order than the parameters,
-        # and fused optimisers read raw memory. backward() keeps the parameters' order.
-        self.scaler.scale(loss).backward(inputs=parameters)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        if self.world > 1:  # one flat buffer: a DDP wrapper is silently wrong around a penalty
-            flat = torch.cat([grad.flatten() for grad in grads])
-            fid.collective(dist.all_reduce, flat)
-            shares = flat.div_(self.world).split([grad.numel() for grad in grads])
-            for grad, share in zip(grads, shares):
-                grad.copy_(share.view_as(grad))
-        self.scaler.unscale_(opt)
-        norm = nn.utils.get_total_norm(grads)
-        self.scaler.step(opt)
-        self.scaler.update()
-        return norm.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else norm  # 0: step skipped
-
-    def collect(self, terms: dict[str, Tensor]) -> bool:
-        """Count a finished step and keep its terms, all on the device; whether to stop now."""
-        self.step += 1
-        self.keys = list(terms)
-        self.rows.append(torch.stack([term.detach().float() for term in terms.values()]))
-        if self.device.type == "cpu" and self.world == 1 and not self.rows[-1].isfinite().all():
-            self.means()
-        self.seed()
-        if (now := time.perf_counter()) > self.spoken + 60:
-            fid.say(f"step {self.step}/{self.args.total_steps}")
-            self.spoken = now
-        if self.world > 1:  # a signal to any process stops all of them at the same step
-            shared = torch.tensor(self.signal)
-            fid.collective(dist.all_reduce, shared, dist.ReduceOp.MAX)
-            self.signal = int(shared)
-        return self.signal > 0
+        if RANK == 0:
+            (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
+            self.board = SummaryWriter(self.folder, purge_step=self.step + 1)
+        self.clock, self.mark = time.perf_counter(), self.step
+        print(f"{self.folder}: from step {self.step} to {args.total_steps}")
 
     def due(self, every: int) -> bool:
-        """Whether something done every so many steps (0: never), and at the end, is due."""
+        """Return whether what comes every so many steps (0: never), and at the end, is due."""
         return every > 0 and (self.step % every == 0 or self.step == self.args.total_steps)
 
+    def log(self, terms: dict[str, Tensor]) -> None:
+        """Count a step and sum its terms on the device; every `log_every` steps log their means."""
+        self.sums = {k: v.detach().float() + self.sums.get(k, 0) for k, v in terms.items()}
+        self.step, self.count = self.step + 1, self.count + 1
+        if self.due(self.args.log_every):
+            means, now, total = self.means(), time.perf_counter(), self.args.total_steps
+            rate = (self.step - self.mark) / (now - self.clock)
+            left = timedelta(seconds=round((total - self.step) / rate))
+            text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
+            done = f"step {self.step} ({self.step / total:.1%})"
+            print(f"{done}, {rate:.3g} steps/s, {left} left, {text}")
+            self.write(means | {"perf/steps_per_sec": rate})
+            self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
+
     def means(self) -> dict[str, float]:
-        """Means of the collected terms; FloatingPointError names the first that is not finite."""
-        rows = torch.stack(self.rows)
-        if self.world > 1:
-            fid.collective(dist.all_reduce, rows)
-            self.rows = list(rows.div_(self.world))  # the same everywhere, and in the checkpoint
-        rows = rows.cpu().double()
-        for row, column in (~rows.isfinite()).nonzero()[:1].tolist():
-            step = self.step - len(rows) + 1 + row
-            raise FloatingPointError(f"{self.keys[column]} is {rows[row, column]:g} at step {step}")
-        return dict(zip(self.keys, rows.mean(0).tolist()))
+        """Return the means of the interval's terms; exit with code 3 if one is not finite."""
+        self.sums = {name: float(value) for name, value in self.sums.items()}
+        for name, value in self.sums.items():
+            if not math.isfinite(value):
+                print(f"error: {name} is {value} at step {self.step}", file=sys.stderr)
+                raise SystemExit(3)
+        return {name: value / self.count for name, value in self.sums.items()}
 
-    def log_interval(self, extra: dict[str, float]) -> None:
-        """Log the interval's means, `extra` and the speed, pauses included; print one line."""
-        values, now, total = self.means() | extra, time.perf_counter(), self.args.total_steps
-        rate = (self.step - self.mark) / (now - self.clock)
-        self.rows, self.clock, self.spoken, self.mark = [], now, now, self.step
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device)
-        values["perf/steps_per_sec"] = rate
-        values["perf/img_per_sec"] = rate * self.args.batch_size
-        values["perf/max_mem_gb"] = memory / 1e9
-        self.log(values)
-        left = timedelta(seconds=round((total - self.step) / rate))
-        losses = f"loss/d {values['loss/d']:.4f}  loss/g {values['loss/g']:.4f}"
-        done = f"step {self.step}/{total} ({self.step / total:.1%})"
-        fid.say(f"{done}  {rate:.3g} steps/s  {left} left  {losses}")
+    def write(self, values: dict[str, float]) -> None:
+        """Write values to TensorBoard."""
+        for name, value in values.items() if RANK == 0 else ():
+            self.board.add_scalar(name, value, self.step)
 
-    def log(self, values: dict[str, float]) -> None:
-        """Append values to log.jsonl and TensorBoard under the present step."""
-        if self.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
-            for key, value in values.items():
-                self.board.add_scalar(key, value, self.step)
-            self.board.flush()
-
-    def save(self, name: str = "checkpoint.pt") -> None:
-        """Write what a bit-identical continuation needs; noise and data follow from the step."""
-        if self.rows:
-            self.means()  # no checkpoint of a run that has gone wrong
-        state = {
-            "format": FORMAT, "script": Path(__file__).stem, "args": asdict(self.args),
-            "data": self.data, "step": self.step, "best_fid": self.best_fid, "keys": self.keys,
-            "rows": self.rows,
-            "parts": {key: part.state_dict() for key, part in self.parts.items()},
-        }  # fmt: skip
-
-        def write() -> None:
-            with fid.atomic(self.folder / name) as temporary, open(temporary, "wb") as file:
-                torch.save(state, file)
-
-        fid.on_main(write)  # the others wait: torchrun ends all as soon as one has ended
-
-    def restore(self, state: dict) -> None:
-        """Take up a checkpoint (fid.UserError where its flags differ from this run's)."""
-        old, new = state["args"], asdict(self.args)
-        text = fid.differences(old, new, (old | new).keys() - FREE_FLAGS)
-        if not text and state["data"] != self.data:
-            text = f"the data was {state['data']}, is {self.data}"
-        if text:
-            raise fid.UserError(f"{self.folder} cannot be resumed: {text}")
-        fid.load_parts(self.parts, state["parts"], self.folder / "checkpoint.pt")
-        self.step, self.best_fid, self.keys = state["step"], state["best_fid"], state["keys"]
-        self.rows = [row.to(self.device) for row in state["rows"]]
-
-    def on_signal(self, number: int, frame: object) -> None:
-        """Finish the step and save; a second Ctrl-C ends the run at once."""
-        self.signal = number
-        if number == signal.SIGINT:  # SIGTERM comes twice: from the cluster and from torchrun
-            signal.signal(number, signal.SIG_DFL)
-        fid.say(f"{signal.Signals(number).name}: finishing the step, then saving")
+    def save(self, name: str) -> None:
+        """Write a checkpoint to a temporary file, then rename it."""
+        self.means()  # nothing is saved of a run that has gone wrong
+        sync_buffers(*(part for part in self.parts.values() if isinstance(part, nn.Module)))
+        state = {key: part.state_dict() for key, part in self.parts.items()}
+        state |= {"args": asdict(self.args), "data": self.data}
+        state |= {"progress": (self.step, self.best, self.sums, self.count)}
+        if RANK == 0:
+            torch.save(state, self.folder / "checkpoint.tmp")
+            os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
 
-# --------------------------------------------------------------------------------------------------
-# 8. Evaluation
-# --------------------------------------------------------------------------------------------------
-DEFINITION = (
-    "means over images of 8-bit RGB on [0, 1] (MAE on [-1, 1] is twice this); psnr, ssim, mae: "
-    "whole image, known pixels exact; _hole: the hole's pixels; _raw: the network's output alone"
-)
-METRICS = ("psnr", "ssim", "mae", "psnr_hole", "mae_hole", "psnr_raw", "ssim_raw", "mae_raw")
+# ---- 8. Evaluation -------------------------------------------------------------------------------
+SCORES = "8-bit RGB on [0, 1], known pixels exact; _hole: of the hole's pixels; means over images"
 
 
 @torch.no_grad()
-def complete(G: nn.Module, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Filled images and the network's bare output, both uint8 (N, 3, H, W), by G in eval mode.
-
-    images uint8 (N, 3, H, W), mask (N, 1, H, W), H and W from 8 on: mirrored at the bottom and at
-    the right up to multiples of 8 and cut back. Known pixels are the image's own.
-    """
-    training, device, (height, width) = G.training, next(G.parameters()).device, images.shape[2:]
-    images, mask, border = images.to(device), mask.to(device), (0, -width % 8, 0, -height % 8)
-    padded = [F.pad(x, border, "reflect") for x in (images.float() / 127.5 - 1, mask)]
-    raw = G.eval()(*padded)[1][..., :height, :width]
-    raw = raw.mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+def complete(G: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
+    """Fill uint8 images (N, 3, H, W) by G in eval mode; known pixels are the images' own."""
+    training, device, done = G.training, next(G.parameters()).device, []
+    G.eval()
+    for image, hole in zip(images.split(16), mask.split(16)):
+        fine = G(image.to(device) / 127.5 - 1, hole.to(device))[1].cpu()
+        fine = fine.mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
+        done.append(fine.where(hole > 0, image))
     G.train(training)
-    return torch.where(mask > 0, raw, images), raw
+    return torch.cat(done)
 
 
-def quality(done: Tensor, raw: Tensor, real: Tensor, mask: Tensor) -> Tensor:
-    """METRICS (N, 8) in float64 of uint8 images (N, 3, H, W); NaN in the hole where there is none.
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity (N,) of images (N, C, H, W) in [0, 1] (Wang et al. 2004).
 
-    PSNR = 10 log10(1 / MSE), infinite for equal images.
+    An 11x11 Gaussian window of sigma 1.5, wherever it fits; K = 0.01, 0.03; mean over channels.
     """
-    done, raw, real = (x.double() / 255 for x in (done, raw, real))
+    line = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype) ** 2) / 4.5)
+    line = (line / line.sum()).expand(a.shape[1], 1, 1, -1)
 
-    def psnr(x: Tensor, region: Tensor) -> Tensor:
-        return -10 * (mean((x - real).square(), region)).log10()
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x, line, groups=x.shape[1])
+        return F.conv2d(x, line.transpose(2, 3), groups=x.shape[1])
 
-    def mean(x: Tensor, region: Tensor) -> Tensor:
-        return (x * region).sum(dim=(1, 2, 3)) / (3 * region.sum(dim=(1, 2, 3)))
-
-    hole, every = mask.double(), torch.ones_like(mask, dtype=torch.double)
-    scores = [psnr(done, every), fid.ssim(done, real), mean((done - real).abs(), every)]
-    scores += [psnr(done, hole), mean((done - real).abs(), hole)]
-    scores += [psnr(raw, every), fid.ssim(raw, real), mean((raw - real).abs(), every)]
-    return torch.stack(scores, dim=1)
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` indices spread over `count`, or all of them where there are no more."""
-    n = min(count, wanted)
-    return [i * count // n for i in range(n)]
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    covariance = blur(a * b) - mean_a * mean_b
+    structure = (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
-def held_out_holes(args: Args, photos: fid.Photos, indices: Sequence[int]) -> Tensor:
-    """The holes (N, 1, S, S) of held-out images: functions of --eval-seed and the index alone."""
-    files = by_name("mask_dir", args.mask_dir) if args.eval_mask == "file" else {}
-    holes = []
-    for i in indices:
-        rng, own = np.random.default_rng((args.eval_seed, i)), [files.get(photos.names[i])]
-        holes += [draw_hole(args, args.eval_mask, rng, own, test=True)[0]]
-    return torch.from_numpy(np.stack(holes))
+def quality(done: Tensor, real: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Score filled uint8 images (N, 3, H, W), each, in float64.
 
-
-def score_completions(
-    args: Args, G: nn.Module, photos: fid.Photos, inception: nn.Module | None
-) -> dict[str, float | None]:
-    """Means of METRICS over `fid_num` held-out images, shared out over the processes; and FID.
-
-    An infinite PSNR (nothing to tell apart) and an image without a hole are left out of a mean,
-    which is said; None where nothing is left. FID: of the filled images to the held-out ones.
+    PSNR = 10 log10(1 / MSE) is infinite for equal images; without a hole its scores are NaN.
     """
-    fid.same_buffers(G)
-    picks, size = spread(len(photos), args.fid_num), args.fid_batch_size
-    reals = spread(len(photos), args.fid_real or len(photos))
-    table = torch.zeros(len(picks), len(METRICS), dtype=torch.double)
-    fake, true = (fid.Moments(device=inception.device) if inception else None for _ in "ab")
-    with fid.Progress(len(picks), "inpainting") as progress:
-        for first, count in fid.shares(len(picks), size):
-            rows = picks[first : first + count]
-            real, mask = photos.centres(rows, args.img_size), held_out_holes(args, photos, rows)
-            done, raw = (x.cpu() for x in complete(G, real, mask))
-            table[first : first + count] = quality(done, raw, real, mask)
-            if inception:
-                fake.update(inception(done)[0])
-            progress.update(count * fid.processes()[1])
-    fid.sum_processes(table)
-    finite, scores = table.isfinite(), {}
-    for key, column, counts in zip(METRICS, table.T, finite.T):
-        scores[f"metric/{key}"] = column[counts].mean().item() if counts.any() else None
-        if not counts.all():
-            fid.warn(f"{key}: {int((~counts).sum())} images have no finite value and are left out")
-    if inception:
-        for first, count in fid.shares(len(reals), size):
-            true.update(inception(photos.centres(reals[first : first + count], args.img_size))[0])
-        for moments in (fake, true):
-            moments.all_reduce()
-        fid.warn_few(true, fake)
-        scores["metric/fid"] = fid.frechet_distance(true, fake)
-    text = ", ".join(f"{k[7:]} {'-' if v is None else f'{v:.5g}'}" for k, v in scores.items())
-    label = f" ({inception.label})" if inception and inception.label else ""
-    fid.say(f"{len(picks)} images, {args.eval_mask} holes: {text}{label}")
+    done, real, hole = done.double() / 255, real.double() / 255, mask.double().expand_as(real)
+    error, scores, whole = done - real, {"ssim": ssim(done, real)}, torch.ones_like(hole)
+    for name, region in (("", whole), ("_hole", hole)):
+        pixels = region.sum(dim=(1, 2, 3))
+        scores["psnr" + name] = -10 * ((error**2 * region).sum(dim=(1, 2, 3)) / pixels).log10()
+        scores["mae" + name] = (error.abs() * region).sum(dim=(1, 2, 3)) / pixels
     return scores
 
 
-def open_checkpoint(args: Args) -> tuple[Args, torch.device, nn.Module, nn.Module, Path]:
-    """Args with the checkpoint's data and architecture, the device, G, D, the run's folder."""
-    path = Path(args.checkpoint) if args.checkpoint else run_folder(args) / "checkpoint.pt"
-    state = load_checkpoint(path)
-    args = fid.recall(args, state["args"], FREE_FLAGS, path)
-    device = setup(args)
-    nets = {"G": Generator(args), "D": Discriminator(args)}
-    fid.load_parts(nets, state["parts"], path)
-    for net in nets.values():
-        net.to(device).eval()
-    fid.say(f"{path}: step {state['step']}")
-    return args, device, nets["G"], nets["D"], path.parent
+def score_completions(G: nn.Module, real: Tensor, mask: Tensor) -> dict[str, float]:
+    """Return and print the means of held-out images' scores, without those that are not finite."""
+    sync_buffers(G)
+    scores = quality(complete(G, real, mask), real, mask)
+    table = torch.stack(list(scores.values()))
+    means = table.where(table.isfinite(), torch.nan).nanmean(dim=1)
+    if WORLD > 1:  # the processes agree on which one is the best
+        dist.broadcast(means := means.to(next(G.parameters()).device), 0)
+    means = dict(zip(scores, means.tolist()))
+    text = ", ".join(f"{name} {mean:.5g}" for name, mean in means.items())
+    print(f"{len(real)} images: {text}")
+    return means
+
+
+def load_generator(args: Args, path: Path) -> tuple[Generator, int]:
+    """Return the generator of a checkpoint, in eval mode, and its step."""
+    G = Generator(args).to(setup(args)[0])
+    return G.eval(), load(path, {"G": G})["progress"][0]
 
 
 def evaluate(args: Args) -> dict[str, float]:
-    """Mode evaluate: the scores of a checkpoint, printed and kept in evaluate.json beside it."""
-    args, device, G, _, folder = open_checkpoint(args)
-    inception = fid.load_inception(args.fid_weights, device) if args.fid_weights else None
-    photos = load_photos(args, held_out=True)
-    scores, n = score_completions(args, G, photos, inception), min(args.fid_num, len(photos))
-    fid.say(DEFINITION)
-    about = {"n": n, "eval_mask": args.eval_mask, "img_size": args.img_size, "box": args.box}
-    record = {**scores, **about, "definition": DEFINITION}
-    record |= inception.protocol if inception else {}
-    fid.write_text(folder / "evaluate.json", json.dumps(record, indent=2))
+    """Mode evaluate: print a checkpoint's scores and write them to evaluate.json beside it."""
+    path = find_checkpoint(args)
+    G, step = load_generator(args, path)
+    real, mask = held_out_images(args, load_photos(args, held_out=True)[0], args.eval_num)
+    scores = score_completions(G, real, mask)
+    about = {"step": step, "images": len(real), "holes": args.eval_mask, "scores": SCORES}
+    print(SCORES)
+    if RANK == 0:
+        path.with_name("evaluate.json").write_text(json.dumps(about | scores, indent=2))
     return scores
 
 
-def held_out_strips(
-    args: Args, nets: Sequence[nn.Module], photos: fid.Photos, count: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Strips of held-out images (N, 3, S, K * S): input, each net's result, original; the results.
-
-    Missing pixels are shown as the networks see them, in mid-grey.
-    """
-    picks = spread(len(photos), count)
-    real, mask = photos.centres(picks, args.img_size), held_out_holes(args, photos, picks)
-    results = []
-    for G in nets:
-        parts = zip(real.split(args.fid_batch_size), mask.split(args.fid_batch_size))
-        results += [torch.cat([complete(G, *part)[0].cpu() for part in parts])]
-    grey = torch.full_like(real, 128)
-    return torch.cat((torch.where(mask > 0, grey, real), *results, real), dim=3), results
+def layout_maps(G: Generator, images: Tensor, mask: Tensor) -> Tensor:
+    """Draw AN's layouts of uint8 images (N, 3, H, W) over them: (N, n, 3, H, W) in [0, 1]."""
+    seen = []
+    hook = G.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    complete(G, images, mask)
+    hook.remove()
+    layout = G.module.layout(torch.cat(seen)).detach().cpu()
+    low, high = layout.amin((2, 3), keepdim=True), layout.amax((2, 3), keepdim=True)
+    maps = F.interpolate((layout - low) / (high - low).clamp_min(1e-12), scale_factor=4)
+    return 0.2 * images[:, None] / 255 + 0.8 * maps[:, :, None]
 
 
 def sample(args: Args) -> None:
-    """Mode sample: filled held-out images as PNGs, and a grid of input, result, original."""
-    args, _, G, _, folder = open_checkpoint(args)
-    photos = load_photos(args, held_out=True)
-    strips, (images,) = held_out_strips(args, [G], photos, args.num_samples)
-    fid.write_images(folder, images, math.isqrt(len(strips)), strips)
+    """Mode sample: fill held-out images, by --runs side by side (Figure 9); draw AN's layouts."""
+    real, mask = held_out_images(args, load_photos(args, held_out=True)[0], args.num_samples)
+    results = []
+    for path in [Path(run, "generator.pt") for run in args.runs] or [find_checkpoint(args)]:
+        run = Args(**torch.load(path, "cpu", weights_only=True)["args"])
+        G, step = load_generator(run, path)
+        results.append(complete(G, real, mask))
+        write_images(path.parent / f"generated/{step}", results[-1] / 255)
+        if run.refine == "an":
+            cells = layout_maps(G, real, mask).flatten(0, 1)
+            save_image(cells, path.with_name("layouts.png"), nrow=run.entities)
+    grid = torch.cat((real.where(mask == 0, 128), *results, real), dim=3) / 255
+    file = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{args.dataset}.png"
+    save_image(grid, file, nrow=1)
+    print(f"{file}: input, {', '.join(args.runs or ['result'])}, original")
 
 
-@torch.no_grad()
-def an_module(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor]:
-    """A network's AN module and the features (N, C, H, W) that reach it in eval mode."""
-    an = next(module for module in net.modules() if isinstance(module, AttentiveNorm))
-    seen, training = [], net.training
-    hook = an.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    net.eval()(*inputs)
-    hook.remove()
-    net.train(training)
-    return an, seen[0]
+def write_images(folder: Path, images: Tensor) -> None:
+    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        save_image(image, folder / f"{i:05d}.png")
+    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
 
 
-def layout_use(layout: Tensor) -> tuple[float, float]:
-    """Entropy over ln n of a layout (N, n, H, W), 1 = uniform, and the entities in use.
+def resize_area(x: Tensor, size: list[int]) -> Tensor:
+    """Resize maps (C, H, W), in float, to size (h, w) with antialias."""
+    return F.interpolate(x[None].float(), size, mode="bilinear", antialias=True)[0]
 
-    An entity is in use where its mean share exceeds 0.5 / n.
+
+def fill_holes(args: Args, G: nn.Module, photo: Tensor, hole: Tensor) -> Tensor:
+    """Fill the holes (1, H, W), bool, of a photograph (3, H, W), uint8, one after the other.
+
+    A hole is seen as in training: in a window of --img-size pixels, shrunk until the hole's box
+    fits the trained one. Time and memory thus do not grow with the photograph. What lies closer
+    than 1/32 of the long side is one hole, so that there are at most 256; small ones come first.
     """
-    n, share = layout.shape[1], layout.mean(dim=(0, 2, 3))
-    entropy = torch.special.entr(layout).sum(dim=1).mean() / max(math.log(n), 1e-12)
-    return entropy.item(), (share > 0.5 / n).sum().item()
+    photo, hole, cell = photo.clone(), hole.clone(), -(-max(hole.shape) // 32)
+    cells = F.max_pool2d(hole.float(), cell, ceil_mode=True)[0]
+    areas = ndimage.find_objects(ndimage.label(cells.numpy(), np.ones((3, 3)))[0])
+    for area in sorted(areas, key=lambda area: max(s.stop - s.start for s in area)):
+        rows, columns = (slice(s.start * cell, s.stop * cell) for s in area)
+        inside = torch.zeros_like(hole)
+        inside[0, rows, columns] = hole[0, rows, columns]
+        places = [inside[0].any(dim).nonzero().flatten().tolist() for dim in (1, 0)]
+        if not places[0]:  # it was filled along with another
+            continue
+        scale = min(1, args.side / max(at[-1] - at[0] + 1 for at in places))
+        span, window = round(args.img_size / scale), []
+        for at, length in zip(places, hole.shape[1:]):
+            start = max(0, min((at[0] + at[-1] + 1 - span) // 2, length - span))
+            window.append(slice(start, start + span))
+        view, gap = photo[:, *window], hole[:, *window]
+        size = [max(8, 8 * round(n * scale / 8)) for n in gap.shape[1:]]
+        known = resize_area(~gap, size)  # the share of known pixels, which alone give the colour
+        small = (resize_area(view * ~gap, size) / known.clamp_min(1e-6)).round().to(torch.uint8)
+        filled = complete(G, small[None], (known < 0.5).float()[None])[0]
+        filled = resize_area(filled, gap.shape[1:]).round().to(torch.uint8)
+        photo[:, *window] = filled.where(inside[:, *window], view)
+        hole &= ~inside
+    return photo
 
 
-def figures(args: Args) -> None:
-    """Mode figures: strips with --compare's results (Figure 9), AN's layouts, curves."""
-    args, device, G, _, folder = open_checkpoint(args)
-    photos, n, target = load_photos(args, held_out=True), args.num_samples, folder / "figures"
-    target.mkdir(exist_ok=True)
-    others = [open_checkpoint(replace(args, checkpoint=path))[2] for path in args.compare]
-    fid.write_grid(target / "strips.png", held_out_strips(args, [*others, G], photos, n)[0], 1)
-    if args.refine == "an":
-        picks = spread(len(photos), min(n, 8))
-        real, mask = photos.centres(picks, args.img_size), held_out_holes(args, photos, picks)
-        an, x = an_module(G, real.to(device) / 127.5 - 1, mask.to(device))
-        with torch.no_grad():
-            layout = an.layout(x).cpu()
-        low, high = (f(layout, dim=(2, 3), keepdim=True) for f in (torch.amin, torch.amax))
-        maps = F.interpolate((layout - low) / (high - low).clamp_min(1e-12), scale_factor=4)
-        image = torch.where(mask > 0, 128, real)
-        cells = 0.2 * image[:, None] + 0.8 * 255 * maps[:, :, None]  # (N, n, 3, S, S)
-        cells = torch.cat((image[:, None].float(), cells), dim=1).flatten(0, 1)
-        fid.write_grid(target / "layouts.png", cells.round().byte(), 1 + layout.shape[1])
-    keys = ["loss/g_rec", "loss/d", "grad/g_norm", "metric/psnr", "metric/ssim"]
-    fid.plot(target / "curves.png", folder / "log.jsonl", keys)
-    columns = ", ".join(("input", *args.compare, "this checkpoint", "original"))
-    fid.say(f"strips ({columns}), layouts of AN and curves are in {target}")
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
-def photo_pairs(args: Args, folder: Path) -> list[tuple[Path, Path, Path]]:
-    """(image, mask, output) of mode inpaint, for one pair of files or two folders."""
-    image, mask, output = Path(args.image), Path(args.mask), Path(args.output)
-    require(image.exists(), "image", "exist", image)
-    require(mask.exists(), "mask", "exist", mask)
-    require(image.is_dir() == mask.is_dir(), "mask", "be a file or a folder as --image is", mask)
-    if not image.is_dir():
-        output = output if args.output else folder / "inpainted" / f"{image.stem}.png"
-        require(output.suffix.lower() == ".png", "output", "end in .png: JPEG would lose", output)
-        pairs = [(image, mask, output)]
-    else:
-        images, masks = by_name("image", image), by_name("mask", mask)
-        odd = sorted(images.keys() ^ masks.keys())
-        if odd:
-            text = f"{len(odd)} names stand in one of them only, such as {', '.join(odd[:5])}"
-            raise fid.UserError(f"--image {image} and --mask {mask} do not match: {text}")
-        output = output if args.output else folder / "inpainted"
-        pairs = [(images[stem], masks[stem], output / f"{stem}.png") for stem in sorted(images)]
-    for image, mask, output in pairs:
-        clash = output.resolve() in (image.resolve(), mask.resolve())
-        require(not clash, "output", "leave the inputs as they are", output)
-    return pairs
+def paste(image: Image.Image, filled: Tensor, hole: Tensor) -> Image.Image:
+    """Put the hole's pixels of filled (3, H, W) into the image; all others stay as they are."""
+    new, hole = TF.to_pil_image(filled), hole[0].numpy()
+    if image.mode.startswith("I"):  # 16 bits
+        pixels = np.array(image)
+        pixels[hole] = np.asarray(new.convert("L"))[hole].astype(pixels.dtype) * 257
+        return Image.fromarray(pixels)
+    if image.mode in ("1", "P", "PA"):  # few colours
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image.paste(new.convert(image.mode), mask=Image.fromarray(hole))
+    return image
 
 
 def inpaint(args: Args) -> None:
-    """Mode inpaint: fill photographs of any size where their masks are white, as PNGs."""
-    args, _, G, _, folder = open_checkpoint(args)
-    pairs = photo_pairs(args, folder)
-
-    def read(image: Path, mask: Path) -> tuple[Tensor, Tensor]:
-        pixels = read_photo(image)
-        height, width = pixels.shape[1:]
-        if min(height, width) < 8:
-            raise fid.UserError(f"{image} is {width}x{height} pixels: at least 8x8 are needed")
-        return pixels, read_mask(mask, (height, width), args.invert_mask)
-
-    for image, mask, _ in pairs if len(pairs) > 1 else ():
-        read(image, mask)  # nothing is written where one of them is unfit
-    for image, mask, output in pairs:
-        pixels, hole = read(image, mask)
-        share = hole.mean().item()
+    """Mode inpaint: fill photographs of any size, in their own mode, where their masks say so."""
+    G, _ = load_generator(args, find_checkpoint(args))
+    source, mask, output = (Path(x).expanduser() for x in (args.image, args.mask, args.output))
+    files = fid.image_files(source) if source.is_dir() else [source]
+    masks = {file.stem: file for file in fid.image_files(mask)} if mask.is_dir() else {}
+    for file in files:
+        mask_file = masks.get(file.stem, mask / file.name) if masks else mask
+        target = output if output.suffix else output / f"{file.stem}.png"
+        if target.resolve() in (file.resolve(), mask_file.resolve()):
+            raise ValueError(f"--output must leave the inputs as they are, got {target}")
+        rgb, image = open_image(file), Image.open(file)
+        profile = {"exif": image.getexif(), "icc_profile": image.info.get("icc_profile")}
+        hole = torch.from_numpy(read_mask(mask_file, rgb.size, args.invert_mask))[None]
+        share, (width, height), found = hole.float().mean(), rgb.size, open_image(mask_file).size
+        if found != rgb.size:
+            warn(f"{mask_file} is {found[0]}x{found[1]}, resized to {width}x{height}")
         if share in (0, 1):
-            fid.warn(f"{mask}: {'nothing' if share == 0 else 'everything'} is missing from {image}")
-        filled = complete(G, pixels[None], hole[None])[0] if share > 0 else pixels[None]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        fid.write_grid(output, filled, 1)
-        fid.say(f"{output}: {share:.1%} of {pixels.shape[2]}x{pixels.shape[1]} pixels filled")
+            warn(f"{mask_file} has one value: {'all' if share else 'nothing'} is missing")
+        if ";16" in str(image.tile) and not image.mode.startswith("I"):
+            warn(f"{file} has colours of 16 bits, which Pillow reduces to 8")
+        filled = fill_holes(args, G, TF.pil_to_tensor(rgb), hole)
+        image = ImageOps.exif_transpose(image)
+        profile["exif"].pop(0x0112, None)  # the orientation: the result is upright
+        target.parent.mkdir(parents=True, exist_ok=True)
+        paste(image, filled, hole).save(target, quality=95, **profile)
+        print(f"{target}: {share:.1%} of {width}x{height} pixels filled")
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. Training
-# --------------------------------------------------------------------------------------------------
-def batches_before(args: Args, step: int) -> int:
-    """Batches that the first `step` steps consume: one each, in phase 2 one for each update."""
-    return step + args.n_critic * max(0, step - args.phase1_steps)
-
-
-@torch.no_grad()
-def module_terms(G: Generator, real: Tensor, mask: Tensor) -> dict[str, float]:
-    """What to log of the second stage's module."""
-    if isinstance(G.module, PooledAttention):
-        return {"train/gamma_g": G.module.gamma.item()}
-    if not isinstance(G.module, AttentiveNorm):
-        return {}
-    an, x = an_module(G, real, mask)
-    entropy, used = layout_use(an.eval().layout(x))
-    an.train(G.training)
-    terms = {"train/rho_g": an.rho.item(), "train/layout_entropy_g": entropy}
-    terms |= {"train/t_g": an.t.mean().item()} if an.sampling else {}
-    return terms | {"train/entities_used_g": used}
-
-
+# ---- 9. Training ---------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, float]:
-    """Train from the start or from the run's checkpoint; the last evaluation's metrics."""
-    device = setup(args)
-    wanted = args.eval_every and args.fid_weights
-    inception = fid.load_inception(args.fid_weights, device) if wanted else None
-    photos, shown = load_photos(args, held_out=False), args.eval_every or args.sample_every
-    held_out = load_photos(args, held_out=True) if shown else None
-    torch.manual_seed(args.seed)  # here: decoding, where it is due, draws random numbers too
+    """Train from the start or, with --resume, from the checkpoint; return the last scores."""
+    device, amp, scaler = setup(args)
+    (photos, content), (held_out, _) = (load_photos(args, part) for part in (False, True))
+    if not photos:
+        raise ValueError("--data-dir must hold 2 images or more: every 20th is held out, got 1")
+    if len(photos) < args.batch_size:
+        raise ValueError(f"--batch-size must be at most {len(photos)}, the images to train on")
+    shown, scored = (held_out_images(args, held_out, n) for n in (args.num_samples, args.eval_num))
+    torch.manual_seed(args.seed)
     G, D = Generator(args).to(device), Discriminator(args).to(device)
-    adam = {"betas": (args.beta1, args.beta2), "fused": True}
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
-    run = Run(args, device, photos.path.stem, G=G, D=D, g_opt=g_opt, d_opt=d_opt)
-    batches = endless_crops(photos, args, device, batches_before(args, run.step))
-    n, stop, metrics = args.batch_size, False, {}
-    forward_G, forward_D = (torch.compile(net) if args.compile else net for net in (G, D))
-
-    while run.step < args.total_steps and not stop:
-        adversarial = run.step >= args.phase1_steps
-        zero = torch.zeros((), device=device)
-        d_loss = d_loss_real = d_loss_fake = d_reg = d_norm = zero
-        for _ in range(args.n_critic * adversarial):
+    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, (args.beta1, args.beta2), fused=True)
+    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, (args.beta1, args.beta2), fused=True)
+    parts = {"G": G, "D": D, "g_opt": g_opt, "d_opt": d_opt, "scaler": scaler}
+    run = Run(args, content, parts)
+    run.best = run.best if run.step else {}  # by phase: the highest PSNR, its step
+    done = run.step + args.n_critic * max(0, run.step - args.phase1_steps)  # batches
+    batches = photo_batches(args, photos, device, done)
+    noise, zero, scores = torch.Generator(device), torch.zeros((), device=device), {}
+    while run.step < args.total_steps and not STOP:
+        noise.manual_seed(seed_of(args.seed, 1, run.step))
+        torch.manual_seed(seed_of(args.seed, 3, run.step, RANK + 1))  # of self-sampling
+        phase = 1 if run.step < args.phase1_steps else 2
+        d_loss = penalty = d_norm = real_mean = fake_mean = adversarial = zero
+        for _ in range(args.n_critic if phase == 2 else 0):
             real, mask, box = next(batches)
-            with run.autocast():
+            with amp:
                 with torch.no_grad():
-                    fake = composite(forward_G(real, mask)[1].float(), real, mask)
-                pair = (forward_D(image, mask, box).float() for image in (real, fake))
-                real_logits, fake_logits = pair
-            d_loss_real, d_loss_fake = -real_logits.mean(), fake_logits.mean()
-            d_reg = critics_penalty(
-                D, real, fake, mask, box, args.gp_region, lambda: run.draw(torch.rand, n, 1, 1, 1)
-            )
-            d_loss = d_loss_real + d_loss_fake + args.lambda_gp * d_reg  # Eq. 10
-            d_norm = run.update(d_loss, "D")
-
+                    fake = composite(G(real, mask)[1].float(), real, mask)
+                real_mean, fake_mean = (D(x, box).float().mean() for x in (real, fake))
+            penalty = zero
+            for critic, x, y in zip(D.critics, D.views(real, box), D.views(fake, box)):
+                eps = draw(torch.rand, noise, args.batch_size, 1, 1, 1)
+                penalty = penalty + gradient_penalty(critic, x, y, eps)
+            d_loss = fake_mean - real_mean
+            d_norm = update(d_opt, D, d_loss + args.lambda_gp * penalty, scaler)  # Eq. 10
         real, mask, box = next(batches)
-        g_loss_adv = zero
-        with run.autocast():
-            coarse, fine = (x.float() for x in forward_G(real, mask))
-            if adversarial:
-                g_loss_adv = -forward_D(composite(fine, real, mask), mask, box).float().mean()
-        g_loss_rec = reconstruction_loss(args, coarse, fine, real, mask, box)
-        g_reg = orthogonality(G)
-        g_loss = args.lambda_rec * g_loss_rec + args.lambda_adv * g_loss_adv  # Eq. 9
-        g_loss = g_loss + args.lambda_ortho * g_reg
-        g_norm = run.update(g_loss, "G")
-
-        terms = {
-            "loss/d": d_loss, "loss/g": g_loss,
-            "loss/g_rec": g_loss_rec, "loss/g_adv": g_loss_adv, "loss/g_reg": g_reg,
-            "loss/d_real": d_loss_real, "loss/d_fake": d_loss_fake, "loss/d_reg": d_reg,
-            "logit/real": -d_loss_real, "logit/fake": d_loss_fake, "grad/d_norm": d_norm,
-            "grad/g_norm": g_norm, "train/saturated": (fine.detach().abs() >= 1).float().mean(),
-        }  # fmt: skip
-        stop = run.collect(terms)
-        if run.due(args.log_every):
-            run.log_interval(module_terms(G, real, mask))
-        if run.due(args.sample_every) and run.rank == 0:
-            grid, _ = held_out_strips(args, [G], held_out, args.num_samples)
-            path = run.folder / f"samples/{run.step:07d}.png"
-            fid.write_grid(path, grid, math.isqrt(len(grid)))
-        phase_ends = run.step == args.phase1_steps < args.total_steps
-        if run.due(args.eval_every) or (args.eval_every and phase_ends):
-            metrics = score_completions(args, G, held_out, inception)
-            metrics = {key: value for key, value in metrics.items() if value is not None}
-            run.log(metrics)
-            if metrics.get("metric/fid", math.inf) < run.best_fid:
-                run.best_fid = metrics["metric/fid"]
-                run.save("best.pt")
-        if phase_ends:
-            run.save("phase1.pt")
-            fid.say(f"step {run.step}: phase 1 is over; phase1.pt keeps it, its critics untrained")
-        if stop or run.due(args.save_every):
-            run.save()
-    if stop:
-        fid.say(f"stopped at step {run.step}; the same command with --resume goes on")
-        raise SystemExit(128 + run.signal)
-    fid.say(f"done: {run.folder} (samples/, log.jsonl, checkpoint.pt)")
-    return metrics
+        with amp:
+            coarse, fine = (x.float() for x in G(real, mask))
+            if phase == 2:
+                adversarial = -D(composite(fine, real, mask), box).float().mean()
+        l1 = l1_loss(args, coarse, real, mask) + l1_loss(args, fine, real, mask)
+        g_loss = args.lambda_rec * l1 + args.lambda_adv * adversarial  # Eq. 9
+        ortho = orthogonality(G)
+        g_norm = update(g_opt, G, g_loss + args.lambda_ortho * ortho, scaler)
+        run.log({
+            "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/l1": l1,
+            "loss/orthogonality": ortho, "logit/real": real_mean, "logit/fake": fake_mean,
+            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+            "image/saturated": (fine.detach().abs() >= 1).float().mean(),
+        })  # fmt: skip
+        if run.due(args.sample_every) and RANK == 0:
+            real, mask = shown
+            grid = torch.cat((real.where(mask == 0, 128), complete(G, real, mask), real), dim=3)
+            save_image(grid / 255, run.folder / f"samples/{run.step:07d}.png", nrow=2)
+        if run.due(args.eval_every) or (args.eval_every and run.step == args.phase1_steps):
+            scores = score_completions(G, *scored)
+            run.write({f"metric/{name}": value for name, value in scores.items()})
+            if scores["psnr"] > run.best.get(phase, (-math.inf, 0))[0]:
+                run.best[phase] = scores["psnr"], run.step
+                run.save("best.pt" if phase == 2 else "best-phase1.pt")
+                small = {"G": G.state_dict(), "args": asdict(args), "progress": (run.step,)}
+                if RANK == 0:
+                    torch.save(small, run.folder / "generator.tmp")
+                    os.replace(run.folder / "generator.tmp", run.folder / "generator.pt")
+        if run.due(args.save_every):
+            run.save("checkpoint.pt")
+    if STOP:
+        run.save("checkpoint.pt")
+    for phase, (psnr, step) in run.best.items():
+        print(f"{run.folder}: phase {phase}, highest PSNR {psnr:.2f} at step {step}")
+    return scores
 
 
-# --------------------------------------------------------------------------------------------------
-# 10. Main
-# --------------------------------------------------------------------------------------------------
+# ---- 10. Main ------------------------------------------------------------------------------------
+def stop(number: int, frame: object) -> None:
+    """Let the training end after this step; a second signal ends the process at once."""
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print("ending after this step; once more to end at once")
+
+
 def main() -> None:
-    """Run the command line; exit 2 on a user's mistake, 3 on a loss that is not finite."""
-    args = tyro.cli(Args, description=__doc__)
-    modes = {"train": train, "evaluate": evaluate, "sample": sample, "figures": figures}
-    with fid.exit_codes():
-        check_args(args)
+    """Run the command line; exit with code 2 and one line if what the user gave cannot work."""
+    STOP.clear()
+    sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # odd file names
+    try:
+        args = parse()
         if args.dry_run:
             nets = {"G": Generator(args), "D": Discriminator(args)}
-            params = {key: sum(p.numel() for p in net.parameters()) for key, net in nets.items()}
-            print(json.dumps({"args": asdict(args), "params": params}))
-        else:
-            (modes | {"inpaint": inpaint})[args.mode](args)
+            params = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+            return print(json.dumps({"args": asdict(args), "params": params}))
+        # torchrun kills what has not ended 30 s after a signal: it relies on --save-every.
+        if args.mode == "train" and WORLD == 1:
+            signal.signal(signal.SIGINT, stop)
+            signal.signal(signal.SIGTERM, stop)
+        modes = {"train": train, "evaluate": evaluate, "sample": sample, "inpaint": inpaint}
+        modes[args.mode](args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if STOP:
+        print("stopped: add --resume to go on")
+        raise SystemExit(128 + STOP[0])
 
 
 if __name__ == "__main__":

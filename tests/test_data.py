@@ -1,29 +1,30 @@
-"""Every source from a small tree in its real on-disk format, and the cache of decoded images."""
+"""The shared data block: real on-disk formats, photographs as people have them, the decoded file."""
 
 import os
 import pickle
 import shutil
 from pathlib import Path
 
-import giu_gan
 import numpy as np
 import pytest
 import torch
-from giu_gan import Args
 from PIL import Image
 
-import fid
+import giu_gan
+from giu_gan import Args
+
+CPU = torch.device("cpu")
 
 
-def write_image(path, colour, size=(40, 30), mode="RGB"):
+def write_image(path, colour, size=(40, 30), mode="RGB", **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+    Image.new(mode, size, colour).save(path, **options)
 
 
-def folder_args(**flags):
-    return Args(
-        **{"dataset": "folder", "data_dir": "tree", "batch_size": 2, "num_workers": 0} | flags
-    )
+def load(**flags):
+    args = Args(**{"dataset": "folder", "data_dir": "tree", "batch_size": 2} | flags)
+    images, labels, file = giu_gan.load_images(args, CPU)
+    return images, labels.tolist(), file
 
 
 @pytest.fixture
@@ -35,103 +36,104 @@ def tree(tmp_path):
     (root / "a").mkdir(parents=True)
     wide.save(root / "a" / "wide.PNG")
     write_image(root / "a" / "deep" / "grey.jpg", 77, mode="L")
-    write_image(root / "b" / "alpha.png", (1, 2, 3, 128), mode="RGBA")
     write_image(root / "b" / "palette.png", 5, mode="P")
+    write_image(root / "b" / "plain.png", (1, 2, 3))
     (root / "b" / "notes.txt").write_text("not an image")
     return root
 
 
-def test_folder_reads_any_tree_in_sorted_order_with_class_labels(tree):
-    images, labels, path = giu_gan.load_images(folder_args(img_size=32))
-    assert images.shape == (4, 3, 32, 32) and images.dtype == np.uint8
-    assert labels.tolist() == [0, 0, 1, 1]  # a/deep/grey, a/wide, b/alpha, b/palette
-    assert abs(int(images[0].mean()) - 77) <= 1
-    assert (images[1] == np.array([10, 200, 30])[:, None, None]).all()  # the central square only
-    assert (images[2] == np.array([1, 2, 3])[:, None, None]).all()
-    assert path.parent == tree.relative_to(tree.parent) / "cache"
+def test_a_folder_is_read_in_sorted_order_with_class_labels(tree, capsys):
+    with pytest.warns(UserWarning, match="1 other files"):
+        images, labels, file = load()
+    assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8
+    assert labels == [0, 0, 1, 1]  # a/deep/grey, a/wide, b/palette, b/plain
+    assert abs(images[0].float().mean() - 77) <= 1
+    assert (images[1] == torch.tensor([10, 200, 30])[:, None, None]).all()  # the central square
+    assert Path("tree/cache") in file.parents
+    assert "4 images, 2 classes (a, b)" in capsys.readouterr().out
+    write_image(tree / "x.png", (0, 0, 9))
+    assert load()[1] == [1, 1, 2, 2, 0]  # directly in the folder: a class of its own
 
 
-def test_images_directly_in_a_folder_are_one_class(tree):
-    for name in ("x.png", "y.png"):
-        write_image(tree / name, (0, 0, 9))
-    folder = fid.Folder(tree)
-    assert folder.classes == ["", "a", "b"] and folder.targets == [1, 1, 2, 2, 0, 0]
+def test_images_are_upright_on_white_and_of_eight_bits(tree):
+    shutil.rmtree(tree)
+    half = Image.new("RGB", (32, 32), (255, 255, 255))
+    half.paste((0, 0, 0), (0, 0, 32, 16))  # the upper half
+    tree.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned by 180 degrees
+    half.save(tree / "0.png", exif=exif)
+    write_image(tree / "1.png", (200, 0, 0, 0), mode="RGBA")  # hidden red
+    Image.fromarray(np.full((40, 30), 65535 // 2, np.uint16)).save(tree / "2.png")
+    images = load()[0]
+    assert images[0, :, :15].min() > 250 and images[0, :, 17:].max() < 5
+    assert (images[1] == 255).all()
+    assert (images[2] == 127).all() or (images[2] == 128).all()
 
 
-def test_crop_cuts_the_central_square_before_resizing(tree):
+def test_crop_cuts_the_central_square_before_an_antialiased_resize(tree):
+    shutil.rmtree(tree)
+    tree.mkdir()
     image = Image.new("RGB", (100, 100))
     image.paste((255, 255, 255), (25, 25, 75, 75))
-    shutil.rmtree(tree)
-    tree.mkdir()
-    image.save(tree / "x.png")
-    image.save(tree / "y.png")
-    cut = giu_gan.load_images(folder_args(crop=50))[0]
-    assert (cut == 255).all()
-    whole = giu_gan.load_images(folder_args())[0]
-    assert abs(whole[0].mean() - 255 / 4) < 4
-
-
-def test_shrinking_is_antialiased(tree):
-    shutil.rmtree(tree)
-    tree.mkdir()
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    for name in "xy":
-        Image.fromarray(stripes).save(tree / f"{name}.png")
-    images = giu_gan.load_images(folder_args())[0]
-    inner = images[:, :, 2:-2, 2:-2]
-    assert inner.min() > 110 and inner.max() < 145  # not 0 or 255
+    image.save(tree / "x.png")
+    Image.fromarray(stripes).save(tree / "y.png")
+    assert (load(crop=50)[0][0] == 255).all()
+    images = load()[0].float()
+    assert abs(images[0].mean() - 255 / 4) < 4
+    assert images[1, :, 2:-2, 2:-2].min() > 110  # not 0 or 255
+    assert images[1, :, 2:-2, 2:-2].max() < 145
 
 
-def test_the_cache_is_built_once_and_its_name_holds_what_decides_it(tree, capsys):
-    path = giu_gan.load_images(folder_args())[2]
-    stamp = path.stat().st_mtime_ns
+def test_the_decoded_file_is_made_once_and_its_name_holds_what_decides_it(tree, capsys):
+    file = load()[2]
+    stamp = file.stat().st_mtime_ns
     assert "decoding" in capsys.readouterr().out
-    assert giu_gan.load_images(folder_args(seed=5))[2] == path
-    assert path.stat().st_mtime_ns == stamp and "decoding" not in capsys.readouterr().out
-    others = {
-        giu_gan.load_images(folder_args(**flags))[2] for flags in ({"img_size": 64}, {"crop": 9})
-    }
-    write_image(tree / "b" / "palette.png", 5, size=(41, 31), mode="P")  # same name, other bytes
-    others.add(giu_gan.load_images(folder_args())[2])
-    assert len(others | {path}) == 4
+    assert load(seed=5)[2] == file and file.stat().st_mtime_ns == stamp
+    assert "decoding" not in capsys.readouterr().out
+    others = {load(**flags)[2] for flags in ({"img_size": 64}, {"crop": 9})}
+    edited = tree / "b" / "plain.png"
+    size = edited.stat().st_size
+    write_image(edited, (3, 2, 1))  # in place, with as many bytes
+    assert edited.stat().st_size == size
+    os.utime(edited, ns=(1, 1))
+    images, _, again = load()
+    assert images[3, 0, 0, 0] == 3
+    assert again.parent.name == file.parent.name  # the same data to a checkpoint
+    shutil.move(edited, tree / "b" / "renamed.png")
+    assert load()[2].parent.name != file.parent.name
+    assert len(others | {file, again}) == 4
 
 
-def test_corrupt_images_are_all_listed_and_nothing_half_built_stays(tree):
-    (tree / "a" / "empty.png").write_bytes(b"")
+def test_what_a_run_writes_is_never_data(tree):
+    for name in ("runs/other/samples/1.png", "photos/.hidden/2.png", "__MACOSX/3.png"):
+        write_image(tree / name, 0)
+    write_image(tree / "copied-run" / "samples" / "4.png", 0)
+    (tree / "copied-run" / "args.json").write_text("{}")
+    assert len(load(out_dir="tree/runs")[0]) == 4
+    assert len(load(out_dir=".")[0]) == 5  # the folder of all runs is not below the data
+
+
+def test_another_place_for_the_decoded_file(tree):
+    images, _, file = load(cache_dir="elsewhere")
+    assert Path("elsewhere") in file.parents and not (tree / "cache").exists()
+
+
+def test_an_unreadable_image_is_named_and_nothing_half_done_stays(tree, call):
     whole = (tree / "a" / "wide.PNG").read_bytes()
     (tree / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(fid.UserError) as error:
-        giu_gan.load_images(folder_args())
-    message = str(error.value)
-    assert "2 images" in message and "a/empty.png" in message and "b/cut.png" in message
-    assert not [p for p in (tree / "cache").iterdir() if p.suffix != ".lock"]
+    flags = "--dataset folder --data-dir tree --batch-size 2 --eval-every 0".split()
+    code, out, err = call("giu_gan", *flags)
+    assert code == 2 and "b/cut.png" in err and err.startswith("error: "), err
+    assert not [path for path in tree.rglob("*") if "cache" in path.parts and path.is_file()]
 
 
-def test_an_interrupted_build_leaves_no_file(tree, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fid.Progress, "update", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        giu_gan.load_images(folder_args())
-    monkeypatch.undo()
-    os.chdir(tree.parent)
-    assert not [p for p in (tree / "cache").iterdir() if p.suffix != ".lock"]
-    assert len(giu_gan.load_images(folder_args())[0]) == 4
-
-
-def test_a_full_disk_is_found_before_decoding(tree, monkeypatch):
-    usage = shutil._ntuple_diskusage(100, 90, 10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(fid.UserError, match=r"GB left, the decoded images need"):
-        giu_gan.load_images(folder_args())
-
-
-def test_workers_decode_the_same_array(tree):
-    alone = giu_gan.load_images(folder_args(data_dir="tree"))[0].copy()
-    shutil.rmtree(tree / "cache")
-    assert np.array_equal(giu_gan.load_images(folder_args(num_workers=2))[0], alone)
+def test_fewer_images_than_a_batch_is_an_error(tree, call):
+    flags = "--dataset folder --data-dir tree --batch-size 8 --eval-every 0".split()
+    code, out, err = call("giu_gan", *flags)
+    assert code == 2 and err.splitlines()[-1].startswith("error: --batch-size must be at most 4")
 
 
 def test_cifar10_in_its_on_disk_format(tmp_path, monkeypatch):
@@ -147,16 +149,13 @@ def test_cifar10_in_its_on_disk_format(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name in names])
     monkeypatch.setattr(CIFAR10, "test_list", [])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
-    args = Args(batch_size=4, num_workers=0, download=False)
-    images, labels, _ = giu_gan.load_images(args)
-    assert np.array_equal(images, pixels.reshape(10, 3, 32, 32)) and labels.tolist() == [3, 8] * 5
+    images, labels, _ = load(dataset="cifar10", data_dir="data")
+    assert np.array_equal(images, pixels.reshape(10, 3, 32, 32)) and labels == [3, 8] * 5
 
 
-def test_celeba_in_its_on_disk_format(tmp_path, monkeypatch):
-    from torchvision.datasets import CelebA
-
-    base = tmp_path / "data" / "celeba"
-    names = [f"{i:06d}.jpg" for i in range(1, 5)]
+def celeba(root):
+    """Four pictures and the lists of CelebA."""
+    base, names = root / "celeba", [f"{i:06d}.jpg" for i in range(1, 5)]
     for i, name in enumerate(names):
         write_image(base / "img_align_celeba" / name, (60 * i, 0, 0), size=(178, 218))
     rows = {
@@ -168,75 +167,66 @@ def test_celeba_in_its_on_disk_format(tmp_path, monkeypatch):
     }
     for name, lines in rows.items():
         (base / name).write_text("\n".join(lines) + "\n")
+
+
+def test_celeba_in_its_on_disk_format(tmp_path, monkeypatch):
+    from torchvision.datasets import CelebA
+
+    celeba(tmp_path / "data")
     listed = [(key, None, name) for key, _, name in CelebA.file_list]
     monkeypatch.setattr(CelebA, "file_list", listed)
-    args = Args(dataset="celeba", batch_size=4, num_workers=0, download=False)
-    images, _, _ = giu_gan.load_images(args)
+    images, _, _ = load(dataset="celeba", data_dir="data", img_size=64, crop=160)
     assert images.shape == (4, 3, 64, 64)  # all three splits
-    assert [round(image[0].mean() / 60) for image in images] == [0, 1, 2, 3]
+    assert [round(image[0].float().mean().item() / 60) for image in images] == [0, 1, 2, 3]
 
 
-def test_shapes_are_mirrored_labelled_and_fixed():
-    shapes = fid.Shapes()
+def test_a_missing_celeba_says_what_to_do(call, monkeypatch):
+    from torchvision.datasets import CelebA
+
+    def download(self):
+        raise RuntimeError("To download files from GDrive, 'gdown' is required.")
+
+    monkeypatch.setattr(CelebA, "download", download)
+    code, out, err = call("giu_gan", "--dataset", "celeba", "--eval-every", "0")
+    assert code == 2 and "pip install gdown" in err and "--dataset folder --crop 160 --img-size 64" in err
+
+
+def test_shapes_are_mirrored_and_fixed():
     for index in (0, 5, 4999):
-        image, label = shapes[index]
-        pixels = np.asarray(image)
-        assert label == index % 8 and np.array_equal(pixels, pixels[:, ::-1])
-        assert np.array_equal(pixels, np.asarray(shapes[index][0]))
-        assert pixels.std() > 10
-    assert not np.array_equal(np.asarray(shapes[0][0]), np.asarray(shapes[8][0]))
+        pixels = np.asarray(giu_gan.draw_shape(index))
+        assert np.array_equal(pixels, pixels[:, ::-1]) and pixels.std() > 10
+        assert np.array_equal(pixels, np.asarray(giu_gan.draw_shape(index)))
+    assert not np.array_equal(giu_gan.draw_shape(0), giu_gan.draw_shape(8))
 
 
-def batches(images, start=0, count=6, **flags):
+def stream(images, first=0, count=6, **flags):
     args = Args(**{"batch_size": 4, "seed": 3} | flags)
-    labels = torch.arange(len(images))
-    stream = giu_gan.endless_batches(images, labels, args, torch.device("cpu"), start)
-    return [next(stream) for _ in range(count)]
+    found = giu_gan.batches(args, images, torch.arange(len(images)), CPU, first)
+    return [next(found) for _ in range(count)]
 
 
 def test_batches_are_a_function_of_seed_and_number():
-    images = np.arange(11 * 3 * 4 * 4, dtype=np.uint8).reshape(11, 3, 4, 4)
-    whole = batches(images)
-    for (a, ya), (b, yb) in zip(whole[3:], batches(images, start=3, count=3)):
+    images = torch.arange(11 * 3 * 4 * 4).to(torch.uint8).view(11, 3, 4, 4)
+    whole = stream(images)
+    for (a, ya), (b, yb) in zip(whole[3:], stream(images, first=3, count=3)):
         assert torch.equal(a, b) and torch.equal(ya, yb)
     epoch = torch.cat([y for _, y in whole[:2]])
     assert len(set(epoch.tolist())) == 8  # no image twice in an epoch; the rest is dropped
     assert not torch.equal(epoch, torch.cat([y for _, y in whole[2:4]]))
-    assert not torch.equal(whole[0][1], batches(images, seed=4)[0][1])
+    assert not torch.equal(whole[0][1], stream(images, seed=4)[0][1])
     real, y = whole[0]
-    assert real.dtype == torch.float32
-    assert torch.equal(real, torch.from_numpy(images)[y].float() / 127.5 - 1)
+    assert real.dtype == torch.float32 and torch.equal(real, images[y].float() / 127.5 - 1)
 
 
-def test_processes_share_the_global_batch_out(monkeypatch):
-    images = np.zeros((16, 3, 4, 4), np.uint8)
-    together = [y for _, y in batches(images)]
-    parts = []
+def test_processes_share_a_batch_out(monkeypatch):
+    images, parts = torch.zeros(16, 3, 4, 4, dtype=torch.uint8), []
+    together = [y for _, y in stream(images)]
+    monkeypatch.setattr(giu_gan, "WORLD", 2)
     for rank in range(2):
-        monkeypatch.setattr(fid, "processes", lambda rank=rank: (rank, 2))
-        parts.append([y for _, y in batches(images)])
+        monkeypatch.setattr(giu_gan, "RANK", rank)
+        parts.append([y for _, y in stream(images)])
     for whole, first, second in zip(together, *parts):
         assert torch.equal(whole, torch.cat([first, second]))
-
-
-def test_reading_ahead_starts_no_second_team_of_threads():
-    """PyTorch's operations in the reading thread would: training halved its speed on two cores."""
-    if not Path("/proc/self/task").exists():
-        pytest.skip("needs Linux to count its threads")
-    threads, images = torch.get_num_threads(), np.zeros((512, 3, 32, 32), np.uint8)
-    try:
-        torch.set_num_threads(4)
-        torch.ones(1 << 20).add_(1)  # this thread's own team
-        before = len(list(Path("/proc/self/task").iterdir()))
-        args = giu_gan.Args(batch_size=256)
-        stream = giu_gan.endless_batches(
-            images, torch.zeros(512, dtype=torch.long), args, torch.device("cpu"), 0
-        )
-        next(stream)
-        next(stream)
-        assert len(list(Path("/proc/self/task").iterdir())) == before + 1
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_uint8_survives_the_round_trip():
@@ -244,3 +234,19 @@ def test_uint8_survives_the_round_trip():
     G = torch.nn.Sequential(torch.nn.Identity())
     G.scale = torch.nn.Parameter(torch.ones(()))  # generate() asks a parameter for the device
     assert torch.equal(giu_gan.generate(G, levels.float() / 127.5 - 1), levels)
+
+
+def test_fid_real_spreads_over_the_whole_data_set(monkeypatch):
+    """The images are sorted by class: their first part is no sample of them."""
+    seen = []
+
+    class Inception:
+        protocol, label = {"sha256": "0" * 64}, ""
+
+    monkeypatch.setattr(giu_gan.fid, "dataset_moments", lambda net, x, *a: seen.append(x))
+    monkeypatch.setattr(giu_gan.fid, "score_generator", lambda *a: {"fid": 1.0})
+    images = torch.arange(50).to(torch.uint8).view(50, 1, 1, 1)
+    args = Args(fid_real=30, fid_num=10)
+    giu_gan.score(args, Inception(), torch.nn.Identity(), images, Path("x.npy"))
+    (picked,) = seen
+    assert len(picked.unique()) == 30 and picked.max() >= 48
