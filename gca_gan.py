@@ -1373,6 +1373,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    if dist.is_initialized():
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
     if STOP:
         print("stopped: add --resume to go on")
         raise SystemExit(128 + STOP[0])
