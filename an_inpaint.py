@@ -144,7 +144,7 @@ class Args:
     num_samples: int = 12  # images of a sample grid and of mode sample
     runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
     # Mode inpaint
-    image: str = ""  # photograph of any size
+    image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
     mask: str = ""  # its mask file; --image and --mask may be folders with files of equal names
     output: str = "filled"  # file to write (.jpg is lossy), or a folder of PNGs
 

@@ -83,9 +83,6 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 # ---- 2. Arguments --------------------------------------------------------------------------------
-DataSet = Literal["celeba", "celeba-squashed", "lsun-church", "folder", "shapes", "image"]
-
-
 @dataclass
 class Args:
     # Run
@@ -99,14 +96,16 @@ class Args:
     runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     # Data
-    dataset: Literal["celeba", "celeba-squashed", "lsun-church", "folder", "shapes"] = "celeba"
+    dataset: Literal[
+        "celeba", "celeba-squashed", "lsun-church", "folder", "shapes", "image"
+    ] = "celeba"
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
     data_dir: str = "data"  # folder of the data set
     cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     img_size: int = 64  # side of the square images in pixels
     crop: int = 0  # side of the central square cut out first, in pixels; 0: the short side
     hflip: bool = False  # mirror half of the training images, drawn anew each time
-    image: str = ""  # photograph of any size
+    image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
     # Model
     model: Literal["dcgan", "sagan", "consingan"] = "dcgan"
     """row of the paper's tables"""

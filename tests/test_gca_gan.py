@@ -633,3 +633,11 @@ def test_diversity_of_a_copy_and_share_of_a_block(photo, capsys):
     assert gca_gan.photo_scores(args, G)["diversity"] == 0
     gca_gan.load_pyramid(parse([*FEW, "--block", "gca", "--no-gca-y-transpose"]))
     assert "Z = M Y copies" in capsys.readouterr().err
+
+
+def test_a_photograph_is_a_data_set_of_the_command_line(recwarn):
+    Image.effect_noise((60, 40), 50).convert("RGB").save("photo.png")
+    args = gca_gan.parse(["--image", "photo.png", "--dry-run"])
+    same = gca_gan.parse(["--image", "photo.png", "--dry-run", "--dataset", "image"])
+    assert args == same and args.model == "consingan"
+    assert not recwarn.list  # tyro warns of a default that is not among the choices
