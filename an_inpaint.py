@@ -42,6 +42,7 @@ Differences from the paper
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
+import itertools
 import json
 import math
 import os
@@ -77,33 +78,44 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---- 2. Arguments --------------------------------------------------------------------------------
 @dataclass
 class Args:
-    # Run
+    # Run: what may change with --resume
     mode: Literal["train", "evaluate", "sample", "inpaint"] = "train"
     """train, or use a trained checkpoint"""
     exp_name: str = ""  # part of the run folder's name; empty: the model's
-    seed: int = 1  # seed of the weights, the noise and the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    data_dir: str = "data"  # folder of the data set
+    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     out_dir: str = "runs"  # folder of the run folders
     resume: bool = False  # resume from this run's checkpoint if there is one
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
-    # Data
+    total_steps: int = 80_000  # generator updates to train for
+    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    sample_every: int = 2_000  # steps between sample grids; 0: none
+    eval_every: int = 2_000  # steps between evaluations; 0: none
+    save_every: int = 2_000  # steps between checkpoints; 0: none
+    num_samples: int = 12  # images of a sample grid and of mode sample
+    eval_dir: str = ""  # folder of the held-out photographs; empty: every 20th of the data set
+    eval_mask: Literal["centre", "rect", "stroke", "file"] = "centre"
+    """holes of the held-out images"""
+    mask_dir: str = ""  # folder of mask files; missing is white, or transparent
+    invert_mask: bool = False  # mask files have it the other way round
+    eval_num: int = 100  # held-out images of an evaluation, spread over all of them; 0: all
+    runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
+    image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
+    mask: str = ""  # its mask file; --image and --mask may be folders with files of equal names
+    output: str = "filled"  # file to write (.jpg is lossy), or a folder of PNGs
+    # Data: from here on the flags of a checkpoint hold
+    seed: int = 1  # seed of the weights, the noise and the order of the data
     dataset: Literal["folder", "shapes"] = "folder"
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
-    data_dir: str = "data"  # folder of the data set
-    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
-    eval_dir: str = ""  # folder of the held-out photographs; empty: every 20th of the data set
     img_size: int = 256  # side of the square images in pixels
     hflip: bool = False  # mirror half of the training images, drawn anew each time
     # Holes
     train_mask: Literal["centre", "rect", "stroke", "file"] = "rect"
     """holes to train on: centred square, random rectangle, brush strokes, files of --mask-dir"""
-    eval_mask: Literal["centre", "rect", "stroke", "file"] = "centre"
-    """holes of the held-out images"""
     box: int = 0  # side of the square hole and of the local critic's view; 0: half of --img-size
     shrink: float = 0.125  # most that a random rectangle loses on each side, as a share of --box
-    mask_dir: str = ""  # folder of mask files; missing is white, or transparent
-    invert_mask: bool = False  # mask files have it the other way round
     # Model
     refine: Literal["an", "ca", "plain"] = "an"
     """module of the second stage: AN, contextual attention (Table 3), or none"""
@@ -118,7 +130,6 @@ class Args:
     tau: float = 0.1  # factor of the layout's logits in the softmax over the entities
     local_critic: bool = True  # judge the box round the hole by a critic of its own, too
     # Optimisation
-    total_steps: int = 80_000  # generator updates to train for
     phase1_steps: int = 40_000  # generator updates by reconstruction alone, the first ones
     batch_size: int = 16  # images per update, shared out over the processes
     n_critic: int = 5  # discriminator updates per generator update
@@ -134,19 +145,6 @@ class Args:
     lambda_ortho: float = 1e-3  # weight of the orthogonality of the entities' filters (Table 4)
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA supports it, else fp16; off on the CPU"""
-    # Intervals; the last step counts for each
-    log_every: int = 100  # steps between lines of the log
-    sample_every: int = 2_000  # steps between sample grids; 0: none
-    eval_every: int = 2_000  # steps between evaluations; 0: none
-    save_every: int = 2_000  # steps between checkpoints
-    # Evaluation
-    eval_num: int = 100  # held-out images of an evaluation, spread over all of them; 0: all
-    num_samples: int = 12  # images of a sample grid and of mode sample
-    runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
-    # Mode inpaint
-    image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
-    mask: str = ""  # its mask file; --image and --mask may be folders with files of equal names
-    output: str = "filled"  # file to write (.jpg is lossy), or a folder of PNGs
 
     @property
     def model(self) -> str:
@@ -160,11 +158,6 @@ class Args:
 
 
 DEFAULTS = {("dataset", "shapes"): {"img_size": 64}}  # what a data set changes; given flags win
-FREE_FLAGS = set(  # what may differ from the flags of a checkpoint
-    "mode exp_name device out_dir resume checkpoint dry_run data_dir cache_dir eval_dir eval_mask "
-    "mask_dir invert_mask total_steps log_every sample_every eval_every save_every eval_num "
-    "num_samples runs image mask output".split()
-)
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -182,10 +175,10 @@ def parse(argv: list[str] | None = None) -> Args:
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    kept = [flag for flag in saved if flag not in FREE_FLAGS and getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
+    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
     if kept:
-        text = ", ".join(f"--{flag.replace('_', '-')} {saved[flag]}" for flag in kept)
-        raise ValueError(f"flags must be as in {path}: {text}")
+        raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
         if not holds:
             raise ValueError(message)
@@ -194,12 +187,9 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (holds, message) of every rule; `parse` stops at the first that does not hold."""
-    torchrun = WORLD == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-    yield torchrun, "WORLD_SIZE must come with torchrun's other variables, got it alone"
     cuda = args.device != "cuda" or torch.cuda.is_available()
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
-    yield args.save_every > 0, f"--save-every must be positive, got {args.save_every}"
     batch, size, side = args.batch_size, args.img_size, args.side
     yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
@@ -804,8 +794,8 @@ class Run:
             rate = (self.step - self.mark) / (now - self.clock)
             left = timedelta(seconds=round((total - self.step) / rate))
             text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
-            done = f"step {self.step} ({self.step / total:.1%})"
-            print(f"{done}, {rate:.3g} steps/s, {left} left, {text}")
+            done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
+            print(f"{done}, {text}")
             self.write(means | {"perf/steps_per_sec": rate})
             self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
 

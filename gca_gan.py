@@ -45,6 +45,7 @@ Differences from the paper
 # ---- 1. Imports ----------------------------------------------------------------------------------
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -85,27 +86,39 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ---- 2. Arguments --------------------------------------------------------------------------------
 @dataclass
 class Args:
-    # Run
+    # Run: what may change with --resume
     mode: Literal["train", "evaluate", "sample"] = "train"  # train, or use a trained checkpoint
     exp_name: str = ""  # part of the run folder's name; empty: the model's
-    seed: int = 1  # seed of the weights, the noise and the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    data_dir: str = "data"  # folder of the data set
+    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     out_dir: str = "runs"  # folder of the run folders
     resume: bool = False  # resume from this run's checkpoint if there is one
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
-    runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
-    # Data
+    total_steps: int = 39_550  # generator updates to train for
+    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    sample_every: int = 1_000  # steps between sample grids; 0: none
+    eval_every: int = 10_000  # steps between evaluations; 0: none
+    save_every: int = 1_000  # steps between checkpoints; 0: none
+    num_samples: int = 64  # images of a sample grid and of mode sample
+    fid_num: int = 50_000  # generated images of an evaluation
+    fid_real: int = 0  # real images of an evaluation, spread over the data set; 0: all
+    fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
+    runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
+    image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
+    scale: tuple[float, float] = (1.0, 1.0)  # mode sample: height and width over the photograph's
+    sifid_num: int = 10  # samples of a SIFID, ConSinGAN's score
+    sifid_dims: Literal[64, 192] = 64  # features of SIFID: as in SinGAN's code, or in its text
+    # Data: from here on the flags of a checkpoint hold
+    seed: int = 1  # seed of the weights, the noise and the order of the data
     dataset: Literal[
         "celeba", "celeba-squashed", "lsun-church", "folder", "shapes", "image"
     ] = "celeba"
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
-    data_dir: str = "data"  # folder of the data set
-    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     img_size: int = 64  # side of the square images in pixels
     crop: int = 0  # side of the central square cut out first, in pixels; 0: the short side
     hflip: bool = False  # mirror half of the training images, drawn anew each time
-    image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
     # Model
     model: Literal["dcgan", "sagan", "consingan"] = "dcgan"
     """row of the paper's tables"""
@@ -122,7 +135,6 @@ class Args:
     gca_binarize: Literal["off", "ste", "hard"] = "off"
     """edges 1 above a row's mean, else 0; ste: with the gradient of those not binarised"""
     # Optimisation
-    total_steps: int = 39_550  # generator updates to train for
     batch_size: int = 128  # images per update, shared out over the processes
     n_critic: int = 1  # discriminator updates per generator update
     g_lr: float = 2e-4  # learning rate of the generator
@@ -140,19 +152,6 @@ class Args:
     lr_scale: float = 0.1  # learning rate of a stage over that of the stage after it
     min_size: int = 25  # short side of the first stage, in pixels
     max_size: int = 250  # long side of the last stage, where the photograph is larger
-    scale: tuple[float, float] = (1.0, 1.0)  # mode sample: height and width over the photograph's
-    # Intervals; the last step counts for each
-    log_every: int = 100  # steps between lines of the log
-    sample_every: int = 1_000  # steps between sample grids; 0: none
-    eval_every: int = 10_000  # steps between evaluations; 0: none
-    save_every: int = 1_000  # steps between checkpoints
-    # Evaluation
-    fid_num: int = 50_000  # generated images of an evaluation
-    fid_real: int = 0  # real images of an evaluation, spread over the data set; 0: all
-    fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
-    sifid_num: int = 10  # samples of a SIFID, ConSinGAN's score
-    sifid_dims: Literal[64, 192] = 64  # features of SIFID: as in SinGAN's code, or in its text
-    num_samples: int = 64  # images of a sample grid and of mode sample
 
     @property
     def photo(self) -> bool:
@@ -172,11 +171,6 @@ DEFAULTS = {  # what a data set or a row changes; flags that are given win
         "sample_every": 500, "save_every": 500, "eval_every": 0, "num_samples": 25,
     },
 }  # fmt: skip
-FREE_FLAGS = set(  # what may differ from the flags of a checkpoint
-    "mode exp_name device out_dir resume checkpoint runs dry_run data_dir cache_dir image "
-    "total_steps scale log_every sample_every eval_every save_every fid_num fid_real fid_weights "
-    "sifid_num sifid_dims num_samples".split()
-)
 
 
 # differs from giu_gan.py: the row settles where the checkpoint is
@@ -197,10 +191,10 @@ def parse(argv: list[str] | None = None) -> Args:
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    kept = [flag for flag in saved if flag not in FREE_FLAGS and getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
+    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
     if kept:
-        text = ", ".join(f"--{flag.replace('_', '-')} {saved[flag]}" for flag in kept)
-        raise ValueError(f"flags must be as in {path}: {text}")
+        raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
         if not holds:
             raise ValueError(message)
@@ -209,13 +203,10 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (holds, message) of every rule; `parse` stops at the first that does not hold."""
-    torchrun = WORLD == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-    yield torchrun, "WORLD_SIZE must come with torchrun's other variables, got it alone"
     cuda = args.device != "cuda" or torch.cuda.is_available()
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield args.save_every > 0, f"--save-every must be positive, got {args.save_every}"
     batch, size, k, training = args.batch_size, args.img_size, args.gca_k, args.mode == "train"
     yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
     photo = {args.model == "consingan", args.dataset == "image", args.image != ""}
@@ -676,51 +667,42 @@ def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], l
 def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Tensor, Tensor, Path]:
     """Return uint8 images (N, C, S, S), labels (N,), and the file of the images.
 
-    Rank 0 decodes it once. The images are on the device if they fit in a quarter of a GPU's free
-    memory, else a memory map. The file's folder is named by the content of the data.
+    Rank 0 decodes once: the central squares, resized. The images are on the device if they fit in
+    a quarter of a GPU's free memory, else a memory map. The file's folder is named by the content.
     """
     if RANK > 0:
-        dist.barrier()
+        dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
-    cache = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
-    folder = cache / f"{args.dataset}-{len(labels)}-{content:08x}"
-    path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.npy"
+    folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
+    folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
+    path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
+
+    def decode(i: int) -> bytes:
+        image = read(i).convert("L" if channels == 1 else "RGB")
+        image = TF.center_crop(image, min(args.crop or math.inf, *image.size))
+        return TF.pil_to_tensor(TF.resize(image, shape[2:])).numpy().tobytes()
+
     if not path.exists():
-        decode(read, path, shape, args.crop)
+        print(f"decoding {len(labels)} images into {path}, once")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
+                for first in range(0, len(labels), 256):  # map submits all it gets at once
+                    file.writelines(pool.map(decode, range(len(labels))[first : first + 256]))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
-    images = torch.from_numpy(np.load(path, mmap_mode="c"))  # c: copy on write, for PyTorch
+    images = torch.from_numpy(np.memmap(path, mode="c", shape=shape))  # c: private to this process
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         images = images.to(device)
     return images, torch.tensor(labels, device=images.device), path
-
-
-def decode(read: Callable[[int], Image.Image], path: Path, shape: tuple, crop: int) -> None:
-    """Write the central squares of images 0 to N - 1, resized, to an array file (N, C, S, S)."""
-    print(f"decoding {shape[0]} images into {path}, once")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-
-    def decode_one(i: int) -> None:
-        image = read(i).convert("L" if shape[1] == 1 else "RGB")
-        image = TF.center_crop(image, min(crop or math.inf, *image.size))
-        array[i] = TF.pil_to_tensor(TF.resize(image, shape[2:])).numpy()
-
-    try:
-        if hasattr(os, "posix_fallocate"):  # a full disk raises here; later it would be a SIGBUS
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
-        with ThreadPoolExecutor() as pool:  # Pillow releases the lock
-            for first in range(0, shape[0], 256):  # map submits all it gets at once
-                list(pool.map(decode_one, range(first, min(first + 256, shape[0]))))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def batches(args: Args, images: Tensor, labels: Tensor, device: torch.device, b: int) -> Iterator:
@@ -729,7 +711,7 @@ def batches(args: Args, images: Tensor, labels: Tensor, device: torch.device, b:
     A batch depends on its number and the seed alone: it is a slice of its epoch's permutation.
     """
     size, order = args.batch_size, None
-    while True:
+    for b in itertools.count(b):
         epoch, place = divmod(b, len(images) // size)
         if order is None or place == 0:
             rng = np.random.default_rng([args.seed, 2, epoch])
@@ -742,7 +724,6 @@ def batches(args: Args, images: Tensor, labels: Tensor, device: torch.device, b:
         if images.device != device:
             real, y = (x.pin_memory().to(device, non_blocking=True) for x in (real, y))
         yield real.float().div_(127.5).sub_(1), y
-        b += 1
 
 
 def pyramid_shapes(args: Args, height: int, width: int) -> list[tuple[int, int]]:
@@ -809,10 +790,10 @@ def run_folder(args: Args) -> Path:
 
 def find_checkpoint(args: Args) -> Path:
     """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
     if args.checkpoint:
         return Path(args.checkpoint).expanduser()
-    return best if best.exists() and args.mode != "train" else last
+    best = run_folder(args) / "best.pt"
+    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -915,8 +896,8 @@ class Run:
             rate = (self.step - self.mark) / (now - self.clock)
             left = timedelta(seconds=round((total - self.step) / rate))
             text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
-            done = f"step {self.step} ({self.step / total:.1%})"
-            print(f"{done}, {rate:.3g} steps/s, {left} left, {text}")
+            done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
+            print(f"{done}, {text}")
             self.write(means | {"perf/steps_per_sec": rate})
             self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
 
@@ -1230,8 +1211,8 @@ def train(args: Args) -> dict[str, float]:
             nets["ema"].update_parameters(G)
         run.log({
             "loss/d": d_loss, "loss/g": g_loss, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-            **block_terms(g=G, d=D),
+            "logit/fake": fake_logits.mean(),
+            "grad/d_norm": d_norm, "grad/g_norm": g_norm, **block_terms(g=G, d=D),
         })  # fmt: skip
         if run.due(args.sample_every) and RANK == 0:
             grid = generate(shown, eval_noise(args, args.num_samples)) / 255
@@ -1319,7 +1300,8 @@ def train_consingan(args: Args) -> dict[str, float]:
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/rec": rec_loss,
             "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm, **block_terms(g=G),
+            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+            **block_terms(g=G),
         })  # fmt: skip
         ended = run.step % args.niter == 0
         if ended or run.due(args.sample_every):

@@ -32,6 +32,7 @@ Differences from the paper
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
+import itertools
 import json
 import math
 import os
@@ -77,20 +78,29 @@ Placement = Literal[
 
 @dataclass
 class Args:
-    # Run
+    # Run: what may change with --resume
     mode: Literal["train", "evaluate", "sample"] = "train"  # train, or use a trained checkpoint
     exp_name: str = ""  # part of the run folder's name; empty: the model's
-    seed: int = 1  # seed of the weights, the noise and the order of the data
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes a GPU where there is one
+    data_dir: str = "data"  # folder of the data set
+    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     out_dir: str = "runs"  # folder of the run folders
     resume: bool = False  # resume from this run's checkpoint if there is one
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
-    # Data
+    total_steps: int = 1_000_000  # generator updates to train for
+    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    sample_every: int = 5_000  # steps between sample grids; 0: none
+    eval_every: int = 100_000  # steps between evaluations; 0: none
+    save_every: int = 5_000  # steps between checkpoints; 0: none
+    num_samples: int = 64  # images of a sample grid and of mode sample
+    fid_num: int = 50_000  # generated images of an evaluation
+    fid_real: int = 0  # real images of an evaluation, spread over the data set; 0: all
+    fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
+    # Data: from here on the flags of a checkpoint hold
+    seed: int = 1  # seed of the weights, the noise and the order of the data
     dataset: Literal["cifar10", "celeba", "folder", "shapes"] = "cifar10"
     """folder: any tree of images at --data-dir; shapes: drawn here, no download"""
-    data_dir: str = "data"  # folder of the data set
-    cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     img_size: int = 32  # side of the square images in pixels
     crop: int = 0  # side of the central square cut out first, in pixels; 0: the short side
     hflip: bool = False  # mirror half of the training images, drawn anew each time
@@ -100,19 +110,15 @@ class Args:
     z_dim: int = 128  # length of the noise vector
     g_ch: int = 64  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
-    giu: Placement = "deep-d-shallow-g"
-    """place of the GIU modules (Table 1); as-costed: with the 4x4 level that its cost includes"""
+    giu: Placement = "deep-d-shallow-g"  # place of the GIUs (Table 1); as-costed: and at 4x4
     kernel_size: int = 3  # side of the involution kernels, odd (Table 4)
     group_channels: int = 16  # channels that share an involution kernel (Table 4)
     kernel_reduction: int = 4  # channel reduction r1 of the kernel generator (the text says 16)
-    d_kernel_norm: Literal["batch", "layer", "none"] = "batch"
-    """normalisation in the kernel generators of D's GIU modules (Eq. 5: batch)"""
+    d_kernel_norm: Literal["batch", "layer", "none"] = "batch"  # in D's kernel generators (Eq. 5)
     rbn: bool = True  # representative batch norm as the first and last batch norm of G (Table 8)
     extra_layers: Literal[0, 2, 3] = 0  # 3x3 layers added to wgan-gp at 64x64 (Table 6)
-    sn: Literal["hidden", "all"] = "hidden"
-    """layers under spectral norm; all: output layers and the GIU's 1x1 convolutions too"""
+    sn: Literal["hidden", "all"] = "hidden"  # layers under spectral norm; all: output and GIU too
     # Optimisation
-    total_steps: int = 1_000_000  # generator updates to train for
     batch_size: int = 64  # images per update, shared out over the processes (Table 2)
     n_critic: int = 1  # discriminator updates per generator update
     g_lr: float = 2e-4  # learning rate of the generator (Table 2, V3)
@@ -124,26 +130,12 @@ class Args:
     ema_decay: float = 0.0  # decay of the averaged generator; 0: none, as in the paper
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA supports it, else fp16; off on the CPU"""
-    # Intervals; the last step counts for each
-    log_every: int = 100  # steps between lines of the log
-    sample_every: int = 5_000  # steps between sample grids; 0: none
-    eval_every: int = 100_000  # steps between evaluations; 0: none
-    save_every: int = 5_000  # steps between checkpoints
-    # Evaluation
-    fid_num: int = 50_000  # generated images of an evaluation
-    fid_real: int = 0  # real images of an evaluation, spread over the data set; 0: all
-    fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
-    num_samples: int = 64  # images of a sample grid and of mode sample
 
 
 DEFAULTS = {  # what a data set or a row changes; flags that are given win
     ("dataset", "celeba"): {"img_size": 64, "crop": 160},
     ("model", "lsgan"): {"z_dim": 100},
 }
-FREE_FLAGS = set(  # what may differ from the flags of a checkpoint
-    "mode exp_name device out_dir resume checkpoint dry_run data_dir cache_dir total_steps "
-    "log_every sample_every eval_every save_every fid_num fid_real fid_weights num_samples".split()
-)
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -161,10 +153,10 @@ def parse(argv: list[str] | None = None) -> Args:
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    kept = [flag for flag in saved if flag not in FREE_FLAGS and getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
+    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
     if kept:
-        text = ", ".join(f"--{flag.replace('_', '-')} {saved[flag]}" for flag in kept)
-        raise ValueError(f"flags must be as in {path}: {text}")
+        raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
         if not holds:
             raise ValueError(message)
@@ -173,14 +165,11 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (holds, message) of every rule; `parse` stops at the first that does not hold."""
-    torchrun = WORLD == 1 or {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-    yield torchrun, "WORLD_SIZE must come with torchrun's other variables, got it alone"
+    batch, size, kernel, extra = args.batch_size, args.img_size, args.kernel_size, args.extra_layers
     cuda = args.device != "cuda" or torch.cuda.is_available()
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield args.save_every > 0, f"--save-every must be positive, got {args.save_every}"
-    batch, size, kernel, extra = args.batch_size, args.img_size, args.kernel_size, args.extra_layers
     yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     there = path.exists() or (training and not args.checkpoint)
@@ -402,10 +391,8 @@ ADVERSARIAL = {
     "bce": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
     "least-squares": (lambda s: (s - 1) ** 2 / 2, lambda s: s**2 / 2, lambda s: (s - 1) ** 2 / 2),
 }
-LOSS = {
-    "giu": "wasserstein", "wgan-gp": "wasserstein", "sngan": "hinge", "sagan": "hinge",
-    "lsgan": "least-squares", "dcgan": "bce",
-}  # fmt: skip
+LOSS = {"giu": "wasserstein", "wgan-gp": "wasserstein", "sngan": "hinge", "sagan": "hinge"}
+LOSS |= {"lsgan": "least-squares", "dcgan": "bce"}
 
 
 def gradient_penalty(D: nn.Module, real: Tensor, fake: Tensor, eps: Tensor) -> Tensor:
@@ -476,51 +463,42 @@ def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], l
 def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Tensor, Tensor, Path]:
     """Return uint8 images (N, C, S, S), labels (N,), and the file of the images.
 
-    Rank 0 decodes it once. The images are on the device if they fit in a quarter of a GPU's free
-    memory, else a memory map. The file's folder is named by the content of the data.
+    Rank 0 decodes once: the central squares, resized. The images are on the device if they fit in
+    a quarter of a GPU's free memory, else a memory map. The file's folder is named by the content.
     """
     if RANK > 0:
-        dist.barrier()
+        dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
-    cache = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
-    folder = cache / f"{args.dataset}-{len(labels)}-{content:08x}"
-    path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.npy"
+    folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
+    folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
+    path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
+
+    def decode(i: int) -> bytes:
+        image = read(i).convert("L" if channels == 1 else "RGB")
+        image = TF.center_crop(image, min(args.crop or math.inf, *image.size))
+        return TF.pil_to_tensor(TF.resize(image, shape[2:])).numpy().tobytes()
+
     if not path.exists():
-        decode(read, path, shape, args.crop)
+        print(f"decoding {len(labels)} images into {path}, once")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
+                for first in range(0, len(labels), 256):  # map submits all it gets at once
+                    file.writelines(pool.map(decode, range(len(labels))[first : first + 256]))
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
-    images = torch.from_numpy(np.load(path, mmap_mode="c"))  # c: copy on write, for PyTorch
+    images = torch.from_numpy(np.memmap(path, mode="c", shape=shape))  # c: private to this process
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
         images = images.to(device)
     return images, torch.tensor(labels, device=images.device), path
-
-
-def decode(read: Callable[[int], Image.Image], path: Path, shape: tuple, crop: int) -> None:
-    """Write the central squares of images 0 to N - 1, resized, to an array file (N, C, S, S)."""
-    print(f"decoding {shape[0]} images into {path}, once")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-
-    def decode_one(i: int) -> None:
-        image = read(i).convert("L" if shape[1] == 1 else "RGB")
-        image = TF.center_crop(image, min(crop or math.inf, *image.size))
-        array[i] = TF.pil_to_tensor(TF.resize(image, shape[2:])).numpy()
-
-    try:
-        if hasattr(os, "posix_fallocate"):  # a full disk raises here; later it would be a SIGBUS
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
-        with ThreadPoolExecutor() as pool:  # Pillow releases the lock
-            for first in range(0, shape[0], 256):  # map submits all it gets at once
-                list(pool.map(decode_one, range(first, min(first + 256, shape[0]))))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def batches(args: Args, images: Tensor, labels: Tensor, device: torch.device, b: int) -> Iterator:
@@ -529,7 +507,7 @@ def batches(args: Args, images: Tensor, labels: Tensor, device: torch.device, b:
     A batch depends on its number and the seed alone: it is a slice of its epoch's permutation.
     """
     size, order = args.batch_size, None
-    while True:
+    for b in itertools.count(b):
         epoch, place = divmod(b, len(images) // size)
         if order is None or place == 0:
             rng = np.random.default_rng([args.seed, 2, epoch])
@@ -542,7 +520,6 @@ def batches(args: Args, images: Tensor, labels: Tensor, device: torch.device, b:
         if images.device != device:
             real, y = (x.pin_memory().to(device, non_blocking=True) for x in (real, y))
         yield real.float().div_(127.5).sub_(1), y
-        b += 1
 
 
 # ---- 7. Run --------------------------------------------------------------------------------------
@@ -557,10 +534,10 @@ def run_folder(args: Args) -> Path:
 
 def find_checkpoint(args: Args) -> Path:
     """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
     if args.checkpoint:
         return Path(args.checkpoint).expanduser()
-    return best if best.exists() and args.mode != "train" else last
+    best = run_folder(args) / "best.pt"
+    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -663,8 +640,8 @@ class Run:
             rate = (self.step - self.mark) / (now - self.clock)
             left = timedelta(seconds=round((total - self.step) / rate))
             text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
-            done = f"step {self.step} ({self.step / total:.1%})"
-            print(f"{done}, {rate:.3g} steps/s, {left} left, {text}")
+            done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
+            print(f"{done}, {text}")
             self.write(means | {"perf/steps_per_sec": rate})
             self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
 
@@ -793,14 +770,6 @@ def write_images(folder: Path, images: Tensor) -> None:
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
-def make_optimizer(args: Args, net: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Adam with the paper's moments, or Table 2's others with PyTorch's defaults."""
-    if args.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), lr, (args.beta1, args.beta2), fused=True)
-    kinds = {"adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
-    return kinds[args.optimizer](net.parameters(), lr)
-
-
 def train(args: Args) -> dict[str, float]:
     """Train from the start or, with --resume, from the checkpoint; return the last scores."""
     device, amp, scaler = setup(args)
@@ -809,7 +778,10 @@ def train(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     nets, shown = build(args, device)
     G, D = nets["G"], nets["D"]
-    g_opt, d_opt = make_optimizer(args, G, args.g_lr), make_optimizer(args, D, args.d_lr)
+    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+    kinds = {"adam": adam, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+    optimizer = kinds[args.optimizer]  # of Table 2
+    g_opt, d_opt = optimizer(G.parameters(), args.g_lr), optimizer(D.parameters(), args.d_lr)
     run = Run(args, file.parent.name, nets | {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler})
     data = batches(args, images, labels, device, run.step * args.n_critic)
     noise, n, scores = torch.Generator(device), args.batch_size, {}

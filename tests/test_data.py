@@ -3,11 +3,14 @@
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import giu_gan
@@ -128,6 +131,15 @@ def test_an_unreadable_image_is_named_and_nothing_half_done_stays(tree, call):
     code, out, err = call("giu_gan", *flags)
     assert code == 2 and "b/cut.png" in err and err.startswith("error: "), err
     assert not [path for path in tree.rglob("*") if "cache" in path.parts and path.is_file()]
+
+
+def test_a_full_disk_while_decoding_is_one_line(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))"
+    code = f"{limit}; import sys; sys.path.insert(0, {str(ROOT)!r}); import giu_gan; giu_gan.main()"
+    command = [sys.executable, "-c", code, "--dataset", "shapes", "--eval-every", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_fewer_images_than_a_batch_is_an_error(tree, call):

@@ -1,11 +1,13 @@
 """giu_gan.py: layers against loops, counts of every table row, losses, pictures."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import state
 
 import giu_gan
 from giu_gan import GIU, Args, Discriminator, Generator, RepresentativeBatchNorm2d, involution
@@ -396,12 +398,17 @@ def test_principal_maps_are_first_components_with_the_sign_of_the_mean():
     assert giu_gan.principal_maps(torch.ones(1, 3, 2, 2)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["adam", "adagrad", "rmsprop"])
-def test_optimisers_of_table_2(name):
-    opt = giu_gan.make_optimizer(Args(optimizer=name), nn.Linear(1, 1), 3e-4)
-    assert type(opt).__name__.lower() == name and opt.param_groups[0]["lr"] == 3e-4
-    if name == "adam":
-        assert opt.param_groups[0]["betas"] == (0.0, 0.9)
+@pytest.mark.parametrize(
+    ("name", "moment"), [("adam", "exp_avg_sq"), ("adagrad", "sum"), ("rmsprop", "square_avg")]
+)
+def test_optimisers_of_table_2(name, moment, call, tiny):
+    flags = f"--total-steps 1 --optimizer {name} --g-lr 3e-4 --d-lr 5e-4"
+    assert call("giu_gan", *tiny("giu_gan", flags))[0] == 0
+    saved = state(next(Path("runs").iterdir()))
+    for net, lr in (("g", 3e-4), ("d", 5e-4)):
+        (group,), moments = (saved[f"{net}_opt"][key] for key in ("param_groups", "state"))
+        assert group["lr"] == lr and moment in moments[0]
+        assert name != "adam" or group["betas"] == (0.0, 0.9)
 
 
 @pytest.mark.parametrize(

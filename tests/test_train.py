@@ -292,7 +292,7 @@ def test_bad_input_of_every_script_is_one_line(script, call, tiny, monkeypatch):
     monkeypatch.setattr(module, "WORLD", 2)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     code, out, err = call(script, *tiny(script))
-    assert code == 2 and err.startswith("error: WORLD_SIZE"), err
+    assert code == 2 and "environment variable" in err and err.count("\n") == 1, err
 
 
 @every_script
@@ -328,7 +328,7 @@ def test_an_update_is_adam_on_the_gradient_of_the_loss():
 
     args = giu_gan.Args(g_ch=16, d_ch=16)
     D = giu_gan.Discriminator(args)
-    d_opt = giu_gan.make_optimizer(args, D, 1e-3)
+    d_opt = torch.optim.Adam(D.parameters(), 1e-3, (0.0, 0.9), fused=True)
     x, fake, eps = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.rand(4, 1, 1, 1)
     loss = D(x).mean() + giu_gan.gradient_penalty(D, x, fake, eps)
     parameters = list(D.parameters())
