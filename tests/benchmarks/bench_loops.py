@@ -54,7 +54,8 @@ def timed(function, clock, spent):
 
 def train(module, flags, steps, clock):
     """Seconds of a training of so many steps, and of its data and log."""
-    spent, batches, log = [0.0], module.batches, module.Run.log
+    name = "photo_batches" if hasattr(module, "photo_batches") else "batches"
+    spent, batches, log = [0.0], getattr(module, name), module.Run.log
 
     def watched(*args):
         stream = batches(*args)
@@ -62,13 +63,15 @@ def train(module, flags, steps, clock):
         while True:
             yield fetch()
 
-    module.batches, module.Run.log = watched, timed(log, clock, spent)
+    setattr(module, name, watched)
+    module.Run.log = timed(log, clock, spent)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
         args = module.parse([*flags, "--total-steps", str(steps), "--out-dir", folder])
         start = clock()
         module.train(args)
         total = clock() - start
-    module.batches, module.Run.log = batches, log
+    setattr(module, name, batches)
+    module.Run.log = log
     return total, spent[0]
 
 
@@ -89,6 +92,8 @@ def main() -> None:
             modules = [load(ROOT / f"{script}.py")]
             modules += [load(options.against)] if options.against else []
             rates, shares = [[] for _ in modules], []
+            for module in modules:
+                train(module, flags, 1, clock)  # decodes the data set
             for _ in range(options.rounds):
                 for module, found in zip(modules, rates):
                     short, long = (train(module, flags, n, clock) for n in (2, 2 + options.steps))
