@@ -4,11 +4,11 @@
 # ///
 """Attentive Normalization for Conditional Image Generation (Wang et al., 2020): inpainting.
 
-A coarse network fills the hole of a photograph, a second one refines it (Section 5.3). Half of the
-second one splits its features softly into regions and normalises each by itself: attentive
-normalization (AN), in place of contextual attention (CA). Phase 1 trains by reconstruction alone,
-phase 2 against Wasserstein critics too. A run keeps the step of the highest PSNR of each phase
-(best-phase1.pt, best.pt) and the generator alone of the latest of them, which mode inpaint takes.
+A coarse network fills the hole of a photograph, a second one refines it (Section 5.3): attentive
+normalization (AN) splits features softly into regions and normalises each by itself, in place of
+contextual attention (CA). Phase 1 trains by reconstruction alone, phase 2 against Wasserstein
+critics too. The step of the highest PSNR of each phase is kept (best-phase1.pt, best.pt), and the
+generator alone of the latest of them (generator.pt), which mode inpaint takes.
 
     python an_inpaint.py --data-dir paris/train --eval-dir paris/test               # Table 3, AN
     python an_inpaint.py --data-dir paris/train --eval-dir paris/test --refine ca   # Table 3, CA
@@ -17,15 +17,15 @@ phase 2 against Wasserstein critics too. A run keeps the step of the highest PSN
         --image photo.jpg --mask hole.png --output filled.png  # any size; white is missing
 
 Differences from the paper
- 1. The layer tables are those of the authors' code. Its critics contain an attention layer that
-    was not released; these do not. There are two, of the whole image and of the box round the
-    hole; their scores and their gradient penalties are summed (the paper: "a discriminator D").
- 2. AN is the paper's, not that of the authors' inpainting code, which samples at test time too,
-    divides a region's mean twice, has no affine parameters, no max-pooling, clips t, shares the
-    sampled positions in a batch, and penalises the signed sum of W^T W - I. A region's statistics
-    are weighted by its mask; Eq. 5 as printed (`--an-reading literal`) is no instance norm.
+ 1. The layer tables are those of the authors' code, whose critics contain an attention layer that
+    was not released. Two critics, of the whole image and of the box round the hole, with summed
+    scores and gradient penalties (the paper: "a discriminator D").
+ 2. AN is the paper's. The authors' code samples at test time too, divides a region's mean twice,
+    has no affine parameters, no max-pooling, clips t, shares sampled positions in a batch, and
+    penalises the signed sum of W^T W - I. A region's statistics are weighted by its mask; Eq. 5
+    as printed (`--an-reading literal`) is no instance norm.
  3. The weight of the orthogonality, 1e-3 in both phases, is ours (not given).
- 4. The weight of the reconstruction, 1.2, is DeepFill's (not given). Both stages' outputs count, in
+ 4. The weight of the reconstruction, 1.2, is DeepFill's (not given), of both stages' outputs in
     both phases. `--reconstruction regional` averages over the hole and over the known pixels
     separately, like the authors' code: 4 times Eq. 9's mean on random images. Their weights by
     depth and their ID-MRF loss on VGG features are not in the paper and not here.
@@ -37,8 +37,7 @@ Differences from the paper
  8. Range, region and compositing of Table 3's scores are not stated. Here: [0, 1], 8 bits, known
     pixels exact. The printed MAE fits twice this range, or no compositing.
  9. Contextual attention (Yu et al., 2018) favours runs of neighbouring matches, as its code does.
-10. Mode inpaint shrinks a photograph until the box of a hole fits the trained hole: a large hole is
-    filled in less detail than its surroundings have.
+10. Mode inpaint shrinks a large hole until its box fits the trained one, at the cost of detail.
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
@@ -55,7 +54,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal, Sequence
+from typing import Any, Callable, Iterator, Literal
 
 import numpy as np
 import torch
@@ -96,8 +95,7 @@ class Args:
     save_every: int = 2_000  # steps between checkpoints; 0: none
     num_samples: int = 12  # images of a sample grid and of mode sample
     eval_dir: str = ""  # folder of the held-out photographs; empty: every 20th of the data set
-    eval_mask: Literal["centre", "rect", "stroke", "file"] = "centre"
-    """holes of the held-out images"""
+    eval_mask: Literal["centre", "rect", "stroke", "file"] = "centre"  # holes of held-out images
     mask_dir: str = ""  # folder of mask files; missing is white, or transparent
     invert_mask: bool = False  # mask files have it the other way round
     eval_num: int = 100  # held-out images of an evaluation, spread over all of them; 0: all
@@ -112,13 +110,11 @@ class Args:
     img_size: int = 256  # side of the square images in pixels
     hflip: bool = False  # mirror half of the training images, drawn anew each time
     # Holes
-    train_mask: Literal["centre", "rect", "stroke", "file"] = "rect"
-    """holes to train on: centred square, random rectangle, brush strokes, files of --mask-dir"""
+    train_mask: Literal["centre", "rect", "stroke", "file"] = "rect"  # holes of training images
     box: int = 0  # side of the square hole and of the local critic's view; 0: half of --img-size
     shrink: float = 0.125  # most that a random rectangle loses on each side, as a share of --box
     # Model
-    refine: Literal["an", "ca", "plain"] = "an"
-    """module of the second stage: AN, contextual attention (Table 3), or none"""
+    refine: Literal["an", "ca", "plain"] = "an"  # in stage 2: AN, contextual attention, neither
     g_ch: int = 32  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
     entities: int = 16  # entities n of attentive normalization (Table 4)
@@ -137,8 +133,7 @@ class Args:
     d_lr: float = 1e-4  # learning rate of the discriminator
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean
     beta2: float = 0.9  # Adam's decay rate of the squared gradient's mean
-    reconstruction: Literal["full", "regional"] = "full"
-    """mean L1 error of the image (Eq. 9), or that of the hole plus that of the known pixels"""
+    reconstruction: Literal["full", "regional"] = "full"  # L1 of all (Eq. 9), or hole + known
     lambda_rec: float = 1.2  # weight of the reconstruction
     lambda_adv: float = 1e-3  # weight of the critics' scores in phase 2
     lambda_gp: float = 10.0  # weight of the gradient penalty
@@ -310,74 +305,48 @@ class ContextualAttention(nn.Module):
     the full map's 4x4 patches are pasted over each other, weighted, 2 apart. No parameters.
     """
 
-    scale = 10.0  # of the softmax
+    def attention(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return a (N, P, P): row p weighs the patches for place p, and sums to at most 1.
 
-    def similarity(self, x: Tensor) -> Tensor:
-        """Return s (N, P, P): row p likens patch p of the halved map to all normalised patches.
-
-        Neighbouring patches that match neighbouring ones are favoured: s is summed along its
-        diagonals, in row-major and then in column-major order of the positions.
+        The likeness s of place p to normalised patches is summed along its diagonals, in row-major
+        and then in column-major order: neighbouring patches that match neighbouring ones gain.
+        Masked ones score 0, not minus infinity, and then count for nothing.
         """
         patches = F.unfold(x[..., ::2, ::2], 3, padding=1)
-        normed = patches / patches.norm(dim=1, keepdim=True).clamp_min(1e-4)
-        s, height, width = patches.transpose(1, 2) @ normed, x.shape[2] // 2, x.shape[3] // 2
+        s = patches.transpose(1, 2) @ F.normalize(patches, dim=1, eps=1e-4)
+        height, width = x.shape[2] // 2, x.shape[3] // 2
         for rows, columns in ((height, width), (width, height)):
             around = F.pad(s, (1, 1, 1, 1))  # the ends of rows wrap around, as in Yu et al.'s code
             s = around[:, :-2, :-2] + s + around[:, 2:, 2:]
-            s = s.unflatten(2, (rows, columns)).unflatten(1, (rows, columns))
-            s = s.permute(0, 2, 1, 4, 3).flatten(3).flatten(1, 2)
-        return s
-
-    def attention(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Return a (N, P, P): row p weighs the patches, and sums to at most 1.
-
-        Masked ones score 0, not minus infinity, and then count for nothing.
-        """
-        touched = F.unfold(mask[..., ::2, ::2].to(x.dtype), 3, padding=1).amax(dim=1, keepdim=True)
-        known = (touched == 0).to(x.dtype)
-        logits = self.scale * self.similarity(x) * known
+            s = s.view(-1, rows, columns, rows, columns).permute(0, 2, 1, 4, 3)
+            s = s.flatten(3).flatten(1, 2)
+        known = (F.max_pool2d(mask[..., ::2, ::2], 3, 1, 1) == 0).flatten(2).to(x.dtype)
+        logits = 10 * s * known
         # Weights below e^-60 are nothing; their denormal products would slow a CPU down tenfold.
         floor = logits.detach().amax(dim=2, keepdim=True) - 60
         return known * logits.maximum(floor).softmax(dim=2)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         with autocast(x.device.type, enabled=False):
-            values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            values = x.to(torch.promote_types(x.dtype, torch.float32))
             patches = F.unfold(values, 4, stride=2, padding=1)
             out = patches @ self.attention(values, mask).transpose(1, 2)
             return (F.fold(out, x.shape[2:], 4, stride=2, padding=1) / 4).to(x.dtype)
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
-def conv2d(c_in: int, c_out: int, size: int = 3, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Make a convolution that keeps the size of a map, or halves it, with zeros around."""
-    return nn.Conv2d(c_in, c_out, size, stride, dilation * (size // 2), dilation)
+def stack(channels: int, rows: list[tuple], act: nn.Module = nn.ELU()) -> list[nn.Module]:
+    """Return a layer table's convolutions (channels, size, stride, dilation), zeros around.
 
-
-def elus(*convs: nn.Module) -> list[nn.Module]:
-    """Put an ELU after each convolution; there is no normalisation."""
-    return [layer for conv in convs for layer in (conv, nn.ELU())]
-
-
-def encoder(c: int) -> list[nn.Module]:
-    """Rows 1 to 5 of the layer table, to a quarter of the size: 5 -> 4c channels."""
-    rows = conv2d(5, c, 5), conv2d(c, 2 * c, stride=2), conv2d(2 * c, 2 * c)
-    return elus(*rows, conv2d(2 * c, 4 * c, stride=2), conv2d(4 * c, 4 * c))
-
-
-def dilated(c: int) -> list[nn.Module]:
-    """Rows 6 to 10: 4c -> 4c channels."""
-    return elus(*(conv2d(4 * c, 4 * c, dilation=d) for d in (1, 2, 4, 8, 16)))
-
-
-def decoder(c: int, channels: int) -> list[nn.Module]:
-    """Rows 11 to 17, from a quarter of the size up to an image: channels -> 3."""
-    double = nn.Upsample(scale_factor=2)
-    return [
-        *elus(conv2d(channels, 4 * c), conv2d(4 * c, 4 * c)),
-        *(double, *elus(conv2d(4 * c, 2 * c), conv2d(2 * c, 2 * c))),
-        *(double, *elus(conv2d(2 * c, c), conv2d(c, c // 2)), conv2d(c // 2, 3)),
-    ]
+    A stride of 1/2 doubles the map first. An activation follows each; there is no normalisation.
+    """
+    layers = []
+    for out, size, stride, dilation in rows:
+        layers += [nn.Upsample(scale_factor=2)] if stride < 1 else []
+        padding, stride = dilation * (size // 2), math.ceil(stride)
+        layers += [nn.Conv2d(channels, out, size, stride, padding, dilation), act]
+        channels = out
+    return layers
 
 
 class Generator(nn.Module):
@@ -388,19 +357,23 @@ class Generator(nn.Module):
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        c, self.refine = args.g_ch, args.refine
-        self.coarse = nn.Sequential(*encoder(c), *dilated(c), *decoder(c, 4 * c))
-        self.branch_a = nn.Sequential(*encoder(c), *dilated(c))
-        self.branch_b = nn.Sequential(*encoder(c), conv2d(4 * c, 4 * c))
+        c, same, self.refine = args.g_ch, (4 * args.g_ch, 3, 1, 1), args.refine
+        encoder = [(c, 5, 1, 1), (2 * c, 3, 2, 1), (2 * c, 3, 1, 1), (4 * c, 3, 2, 1), same]
+        dilated = [(4 * c, 3, 1, dilation) for dilation in (1, 2, 4, 8, 16)]  # rows 6 to 10
+        decoder = [same, same, (2 * c, 3, 0.5, 1), (2 * c, 3, 1, 1)]  # rows 11 to 17
+        decoder += [(c, 3, 0.5, 1), (c // 2, 3, 1, 1), (3, 3, 1, 1)]
+        self.coarse = nn.Sequential(*stack(5, encoder + dilated + decoder)[:-1])  # ends linear
+        self.branch_a = nn.Sequential(*stack(5, encoder + dilated))
+        self.branch_b = nn.Sequential(*stack(5, [*encoder, same])[:-1])
         modules = {"an": lambda: AttentiveNorm(4 * c, args), "ca": ContextualAttention}
         self.module = modules.get(args.refine, nn.Identity)()
-        self.branch_b_end = nn.Sequential(*elus(conv2d(4 * c, 4 * c), conv2d(4 * c, 4 * c)))
-        self.decoder = nn.Sequential(*decoder(c, 8 * c))
+        self.branch_b_end = nn.Sequential(*stack(4 * c, [same, same]))
+        self.decoder = nn.Sequential(*stack(8 * c, decoder)[:-1])
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         image, ones = image * (1 - mask), torch.ones_like(mask)
         coarse = self.coarse(torch.cat((image, ones, mask), dim=1)).clamp(-1, 1)
-        x = torch.cat((composite(coarse, image, mask), ones, mask), dim=1)
+        x = torch.cat((coarse.where(mask > 0, image), ones, mask), dim=1)
         a, b = self.branch_a(x), self.branch_b(x)
         if self.refine == "ca":
             b = self.module(F.relu(b), F.interpolate(mask, b.shape[2:]))  # nearest
@@ -415,11 +388,9 @@ class Critic(nn.Module):
 
     def __init__(self, c: int, size: int) -> None:
         super().__init__()
-        layers, channels = [], 3
-        for out in (c, 2 * c, 4 * c, 8 * c, 4 * c, 2 * c):
-            layers += [conv2d(channels, out, 5, 2), nn.LeakyReLU(0.2)]
-            channels, size = out, (size + 1) // 2
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, 1))
+        rows = [(width * c, 5, 2, 1) for width in (1, 2, 4, 8, 4, 2)]
+        convs, values = stack(3, rows, nn.LeakyReLU(0.2)), 2 * c * math.ceil(size / 64) ** 2
+        self.layers = nn.Sequential(*convs, nn.Flatten(), nn.Linear(values, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten()
@@ -435,23 +406,14 @@ class Discriminator(nn.Module):
         self.critics = nn.ModuleList(Critic(args.d_ch, size) for size in sizes)
 
     def views(self, x: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the critics see: all of x (N, 3, S, S), and the boxes in it."""
-        return x, crop_boxes(x, box, self.side)
+        """Return what the critics see: all of x, and the box of each image."""
+        n, span = (torch.arange(size, device=x.device) for size in (len(x), self.side))
+        rows, columns = box[:, :1] + span, box[:, 1:] + span
+        crops = x[n[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        return x, crops.permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor, box: Tensor) -> Tensor:
         return sum(critic(view) for critic, view in zip(self.critics, self.views(x, box)))
-
-
-def composite(output: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Fill the hole of the image from the output."""
-    return output * mask + image * (1 - mask)
-
-
-def crop_boxes(x: Tensor, box: Tensor, side: int) -> Tensor:
-    """Cut a square (N, C, side, side) out of each image of x (N, C, H, W); box holds top, left."""
-    n, span = torch.arange(len(x), device=x.device), torch.arange(side, device=x.device)
-    rows, columns = (box[:, i, None] + span for i in (0, 1))
-    return x[n[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
@@ -460,12 +422,11 @@ def l1_loss(args: Args, output: Tensor, real: Tensor, mask: Tensor) -> Tensor:
 
     Of the bare output, before compositing; the two parts are averaged in each image by itself.
     """
-    error = (output - real).abs().mean(dim=1, keepdim=True)
+    error, dims = (output - real).abs().mean(dim=1, keepdim=True), (1, 2, 3)
     if args.reconstruction == "full":
         return error.mean()
-    parts = [(error * part).sum(dim=(1, 2, 3)) / part.sum(dim=(1, 2, 3)).clamp_min(1)
-             for part in (mask, 1 - mask)]  # fmt: skip
-    return (parts[0] + parts[1]).mean()
+    parts = mask, 1 - mask
+    return sum((error * x).sum(dims) / x.sum(dims).clamp_min(1) for x in parts).mean()
 
 
 def orthogonality(net: nn.Module) -> Tensor:
@@ -527,52 +488,47 @@ def load_photos(args: Args, held_out: bool) -> tuple[list[Tensor], str]:
     once, into one file beside a table of sizes; the photographs are views of it.
     """
     if RANK > 0:
-        dist.barrier()
+        dist.barrier()  # until rank 0 has decoded
     apart = args.eval_dir if args.dataset == "folder" else ""
     root = Path(apart if held_out and apart else args.data_dir).expanduser()
     cache = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
-    read, source, stats = draw_shape, range(1_000), []
+    read, source, files = draw_shape, range(1_000), []
     if args.dataset == "folder":
         read, source = open_image, fid.image_files(root, [args.out_dir, cache])
-        stats = [(str(file.relative_to(root)), file.stat()) for file in source]
-        stats = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([s[:2] for s in stats], stats))
+        stats = zip(source, map(os.stat, source))
+        files = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in stats]
+    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
     folder = cache / f"{args.dataset}-{len(source)}-{content:08x}"
-    path = folder / f"photos-{args.img_size}-{times:08x}.bin"
+    path, sizes = folder / f"photos-{args.img_size}-{times:08x}.bin", []
+
+    def decode(item: Any) -> np.ndarray:
+        return np.array(TF.resize(read(item), [args.img_size]))
+
     if not path.exists():
-        decode_photos(read, source, path, args.img_size)
+        print(f"decoding {len(source)} images into {path}, once")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
+                for first in range(0, len(source), 256):  # map submits all it gets at once
+                    for photo in pool.map(decode, source[first : first + 256]):
+                        sizes.append(photo.shape[:2])
+                        file.write(photo)
+            np.save(path.with_suffix(".npy"), sizes)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     if RANK == 0 and WORLD > 1:
         dist.barrier()
-    sizes = np.load(path.with_suffix(".npy")).tolist()
-    flat = torch.from_numpy(np.memmap(path, np.uint8, "c"))  # c: copy on write, for PyTorch
-    parts = flat.split([height * width * 3 for height, width in sizes])
-    photos = [part.view(*size, 3) for part, size in zip(parts, sizes)]
+    sizes = np.load(path.with_suffix(".npy"))
+    pixels = torch.from_numpy(np.memmap(path, mode="c"))  # c: private to this process
+    parts = pixels.split((3 * sizes.prod(axis=1)).tolist())
+    photos = [part.view(*size, 3) for part, size in zip(parts, sizes.tolist())]
     if not apart:
         photos = [photo for i, photo in enumerate(photos) if (i % 20 == 0) == held_out]
     rule = f"held out ({apart or 'every 20th'})" if held_out else "to train on"
     print(f"{len(photos)} images {rule}")
     return photos, folder.name
-
-
-def decode_photos(read: Callable, source: Sequence, path: Path, side: int) -> None:
-    """Write photographs (H, W, 3), resized to a short side, to one file, and their sizes beside."""
-    print(f"decoding {len(source)} images into {path}, once")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, sizes = path.with_suffix(f".{os.getpid()}"), []
-
-    def decode_one(item: Any) -> np.ndarray:
-        return np.array(TF.resize(read(item), [side]))
-
-    try:
-        with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
-            for first in range(0, len(source), 256):  # map submits all it gets at once
-                for photo in pool.map(decode_one, source[first : first + 256]):
-                    sizes.append(photo.shape[:2])
-                    file.write(photo)
-        np.save(path.with_suffix(".npy"), sizes)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def cut(photo: Tensor, side: int, y: float = 0.5, x: float = 0.5) -> Tensor:
@@ -581,8 +537,8 @@ def cut(photo: Tensor, side: int, y: float = 0.5, x: float = 0.5) -> Tensor:
     return photo[top : top + side, left : left + side].permute(2, 0, 1)
 
 
-def read_mask(path: Path, size: tuple[int, int], invert: bool) -> np.ndarray:
-    """Return the hole (H, W), bool, of a mask file, resized to size (W, H) by picking pixels.
+def read_mask(path: Path, size: tuple[int, int], invert: bool) -> Tensor:
+    """Return the hole (1, H, W), bool, of a mask file, resized to size (W, H) by picking pixels.
 
     Missing is the transparent part if there is one, else what is brighter than mid-grey.
     """
@@ -590,35 +546,30 @@ def read_mask(path: Path, size: tuple[int, int], invert: bool) -> np.ndarray:
     alpha = image.convert("RGBA").getchannel("A")
     if alpha.getextrema()[0] < 128:
         grey = ImageOps.invert(alpha)
-    return (np.asarray(grey.resize(size, Image.Resampling.NEAREST)) >= 128) != invert
+    return (TF.pil_to_tensor(grey.resize(size, Image.Resampling.NEAREST)) >= 128) != invert
 
 
-def draw_strokes(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw 8 polylines of a brush, (size, size), bool; lengths are for a side of 256."""
+def draw_strokes(size: int, rng: np.random.Generator) -> Tensor:
+    """Draw 8 polylines of a brush, (1, size, size), bool; lengths are for a side of 256."""
     image, unit = Image.new("L", (size, size)), size / 256
     for _ in range(8):
-        points, width = [rng.uniform(0, size, 2)], max(1, round(rng.uniform(10, 20) * unit))
-        for _ in range(rng.integers(1, 16)):
-            angle, length = rng.uniform(0, 2 * math.pi), rng.uniform(0, 80) * unit
+        line, width = [rng.uniform(0, size, 2)], max(1, round(rng.uniform(10, 20) * unit))
+        for angle, length in rng.uniform(0, (2 * math.pi, 80 * unit), (rng.integers(1, 16), 2)):
             step = length * np.array([math.cos(angle), math.sin(angle)])
-            points.append((points[-1] + step).clip(0, size - 1))
-        line = [tuple(point) for point in points]
-        ImageDraw.Draw(image).line(line, 255, width, joint="curve")
-    return np.asarray(image) > 0
+            line.append((line[-1] + step).clip(0, size - 1))
+        ImageDraw.Draw(image).line(np.concatenate(line).tolist(), 255, width, joint="curve")
+    return TF.pil_to_tensor(image) > 0
 
 
-def draw_hole(
-    args: Args, kind: str, rng: np.random.Generator, files: list[Path]
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Return a hole (S, S), bool, and the top left corner of its box; strokes and files have none.
+def draw_hole(args: Args, kind: str, rng: np.random.Generator, files: list[Path]) -> tuple:
+    """Return a hole (1, S, S), bool, and the top left corner of its box; (0, 0) where it has none.
 
     The box of a random rectangle lies anywhere, except at the very end; the hole is the box less
     some rows at its top and bottom and some columns at both sides.
     """
     size, side = args.img_size, args.side
     if kind == "file":
-        file = files[rng.integers(len(files))]
-        return read_mask(file, (size, size), args.invert_mask), (0, 0)
+        return read_mask(files[rng.integers(len(files))], (size, size), args.invert_mask), (0, 0)
     if kind == "stroke":
         return draw_strokes(size, rng), (0, 0)
     top = left = (size - side) // 2
@@ -626,8 +577,8 @@ def draw_hole(
     if kind == "rect":
         top, left = rng.integers(0, max(1, size - side), 2).tolist()
         h, w = rng.integers(0, int(args.shrink * side) + 1, 2).tolist()
-    hole = np.zeros((size, size), bool)
-    hole[top + h : top + side - h, left + w : left + side - w] = True
+    hole = torch.zeros(1, size, size, dtype=torch.bool)
+    hole[:, top + h : top + side - h, left + w : left + side - w] = True
     return hole, (top, left)
 
 
@@ -638,39 +589,34 @@ def photo_batches(args: Args, photos: list[Tensor], device: torch.device, b: int
     its crops and holes, depends on its number and the seed alone.
     """
     size, files = args.batch_size, fid.image_files(args.mask_dir) if args.mask_dir else []
-    share = range(size)[RANK * size // WORLD : (RANK + 1) * size // WORLD]
-    while True:
+    for b in itertools.count(b):
         epoch, place = divmod(b, len(photos) // size)
         order = np.random.default_rng([args.seed, 2, epoch]).permutation(len(photos))
         items = []
-        for i in share:
+        for i in np.split(np.arange(size), WORLD)[RANK]:
             rng = np.random.default_rng([args.seed, 4, b, i])
             image = cut(photos[order[place * size + i]], args.img_size, *rng.random(2))
-            mirrored = args.hflip and rng.random() < 0.5
+            image = image.flip(2) if args.hflip and rng.random() < 0.5 else image
             hole, box = draw_hole(args, args.train_mask, rng, files)
-            item = image.flip(2) if mirrored else image, torch.from_numpy(hole)[None]
-            items.append((*item, torch.tensor(box)))
-        batch = [torch.stack(part) for part in zip(*items)]
+            items.append((image, hole, torch.tensor(box)))
+        batch = map(torch.stack, zip(*items))
         if device.type == "cuda":
-            batch = [part.pin_memory().to(device, non_blocking=True) for part in batch]
+            batch = (part.pin_memory().to(device, non_blocking=True) for part in batch)
         real, mask, box = batch
         yield real.float().div_(127.5).sub_(1), mask.float(), box
-        b += 1
 
 
 def held_out_images(args: Args, photos: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Return uint8 images (N, 3, S, S), spread over the held-out photographs, and their masks.
+    """Return uint8 centres (N, 3, S, S) of photographs, spread over those held out, and masks.
 
-    They are the photographs' centres; a mask depends on the place of its image alone.
+    A mask depends on the place of its image alone.
     """
-    files, items = fid.image_files(args.mask_dir) if args.mask_dir else [], []
-    n = min(count or len(photos), len(photos))
+    files = fid.image_files(args.mask_dir) if args.mask_dir else []
+    images, holes, n = [], [], min(count or len(photos), len(photos))
     for i in range(n):
-        hole = draw_hole(args, args.eval_mask, np.random.default_rng([0, i]), files)[0]
-        image = cut(photos[i * len(photos) // n], args.img_size)
-        items.append((image, torch.from_numpy(hole)[None].float()))
-    images, masks = (torch.stack(part) for part in zip(*items))
-    return images, masks
+        images.append(cut(photos[i * len(photos) // n], args.img_size))
+        holes.append(draw_hole(args, args.eval_mask, np.random.default_rng([0, i]), files)[0])
+    return torch.stack(images), torch.stack(holes).float()
 
 
 # ---- 7. Run --------------------------------------------------------------------------------------
@@ -826,9 +772,6 @@ class Run:
 
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------
-SCORES = "8-bit RGB on [0, 1], known pixels exact; _hole: of the hole's pixels; means over images"
-
-
 @torch.no_grad()
 def complete(G: nn.Module, images: Tensor, mask: Tensor) -> Tensor:
     """Fill uint8 images (N, 3, H, W) by G in eval mode; known pixels are the images' own."""
@@ -847,18 +790,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     An 11x11 Gaussian window of sigma 1.5, wherever it fits; K = 0.01, 0.03; mean over channels.
     """
-    line = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype) ** 2) / 4.5)
-    line = (line / line.sum()).expand(a.shape[1], 1, 1, -1)
-
-    def blur(x: Tensor) -> Tensor:
-        x = F.conv2d(x, line, groups=x.shape[1])
-        return F.conv2d(x, line.transpose(2, 3), groups=x.shape[1])
-
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    maps = torch.stack((a, b, a * a, b * b, a * b))
+    for window in ([11, 1], [1, 11]):  # it is separable
+        maps = TF.gaussian_blur(maps, window, [1.5, 1.5])
+    mean_a, mean_b, square_a, square_b, product = maps[..., 5:-5, 5:-5]
     luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
-    covariance = blur(a * b) - mean_a * mean_b
-    structure = (2 * covariance + 0.03**2) / (var_a + var_b + 0.03**2)
+    variances = square_a - mean_a**2 + square_b - mean_b**2
+    structure = (2 * (product - mean_a * mean_b) + 0.03**2) / (variances + 0.03**2)
     return (luminance * structure).mean(dim=(1, 2, 3))
 
 
@@ -868,25 +806,24 @@ def quality(done: Tensor, real: Tensor, mask: Tensor) -> dict[str, Tensor]:
     PSNR = 10 log10(1 / MSE) is infinite for equal images; without a hole its scores are NaN.
     """
     done, real, hole = done.double() / 255, real.double() / 255, mask.double().expand_as(real)
-    error, scores, whole = done - real, {"ssim": ssim(done, real)}, torch.ones_like(hole)
-    for name, region in (("", whole), ("_hole", hole)):
-        pixels = region.sum(dim=(1, 2, 3))
-        scores["psnr" + name] = -10 * ((error**2 * region).sum(dim=(1, 2, 3)) / pixels).log10()
-        scores["mae" + name] = (error.abs() * region).sum(dim=(1, 2, 3)) / pixels
+    error, scores, dims = (done - real).abs(), {"ssim": ssim(done, real)}, (1, 2, 3)
+    for name, region in (("", torch.ones_like(hole)), ("_hole", hole)):
+        mse, mae = ((e * region).sum(dims) / region.sum(dims) for e in (error**2, error))
+        scores |= {f"psnr{name}": -10 * mse.log10(), f"mae{name}": mae}
     return scores
 
 
 def score_completions(G: nn.Module, real: Tensor, mask: Tensor) -> dict[str, float]:
     """Return and print the means of held-out images' scores, without those that are not finite."""
     sync_buffers(G)
-    scores = quality(complete(G, real, mask), real, mask)
-    table = torch.stack(list(scores.values()))
+    chunks = zip(real.split(16), mask.split(16))
+    scores = [quality(complete(G, *chunk), *chunk) for chunk in chunks]
+    table = torch.cat([torch.stack([*chunk.values()]) for chunk in scores], dim=1)
     means = table.where(table.isfinite(), torch.nan).nanmean(dim=1)
     if WORLD > 1:  # the processes agree on which one is the best
         dist.broadcast(means := means.to(next(G.parameters()).device), 0)
-    means = dict(zip(scores, means.tolist()))
-    text = ", ".join(f"{name} {mean:.5g}" for name, mean in means.items())
-    print(f"{len(real)} images: {text}")
+    means = dict(zip(scores[0], means.tolist()))
+    print(f"{len(real)} images:", ", ".join(f"{name} {x:.5g}" for name, x in means.items()))
     return means
 
 
@@ -902,8 +839,9 @@ def evaluate(args: Args) -> dict[str, float]:
     G, step = load_generator(args, path)
     real, mask = held_out_images(args, load_photos(args, held_out=True)[0], args.eval_num)
     scores = score_completions(G, real, mask)
-    about = {"step": step, "images": len(real), "holes": args.eval_mask, "scores": SCORES}
-    print(SCORES)
+    rule = "8-bit RGB on [0, 1], known pixels exact; _hole: of the hole's pixels; means over images"
+    about = {"step": step, "images": len(real), "holes": args.eval_mask, "scores": rule}
+    print(rule)
     if RANK == 0:
         path.with_name("evaluate.json").write_text(json.dumps(about | scores, indent=2))
     return scores
@@ -912,10 +850,10 @@ def evaluate(args: Args) -> dict[str, float]:
 def layout_maps(G: Generator, images: Tensor, mask: Tensor) -> Tensor:
     """Draw AN's layouts of uint8 images (N, 3, H, W) over them: (N, n, 3, H, W) in [0, 1]."""
     seen = []
-    hook = G.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = G.module.register_forward_pre_hook(lambda an, x: seen.append(an.layout(*x).cpu()))
     complete(G, images, mask)
     hook.remove()
-    layout = G.module.layout(torch.cat(seen)).detach().cpu()
+    layout = torch.cat(seen)
     low, high = layout.amin((2, 3), keepdim=True), layout.amax((2, 3), keepdim=True)
     maps = F.interpolate((layout - low) / (high - low).clamp_min(1e-12), scale_factor=4)
     return 0.2 * images[:, None] / 255 + 0.8 * maps[:, :, None]
@@ -924,18 +862,17 @@ def layout_maps(G: Generator, images: Tensor, mask: Tensor) -> Tensor:
 def sample(args: Args) -> None:
     """Mode sample: fill held-out images, by --runs side by side (Figure 9); draw AN's layouts."""
     real, mask = held_out_images(args, load_photos(args, held_out=True)[0], args.num_samples)
-    results = []
+    columns = [real.where(mask == 0, 128)]
     for path in [Path(run, "generator.pt") for run in args.runs] or [find_checkpoint(args)]:
         run = Args(**torch.load(path, "cpu", weights_only=True)["args"])
         G, step = load_generator(run, path)
-        results.append(complete(G, real, mask))
-        write_images(path.parent / f"generated/{step}", results[-1] / 255)
+        columns.append(complete(G, real, mask))
+        write_images(path.parent / f"generated/{step}", columns[-1] / 255)
         if run.refine == "an":
             cells = layout_maps(G, real, mask).flatten(0, 1)
             save_image(cells, path.with_name("layouts.png"), nrow=run.entities)
-    grid = torch.cat((real.where(mask == 0, 128), *results, real), dim=3) / 255
     file = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{args.dataset}.png"
-    save_image(grid, file, nrow=1)
+    save_image(torch.cat((*columns, real), dim=3) / 255, file, nrow=1)
     print(f"{file}: input, {', '.join(args.runs or ['result'])}, original")
 
 
@@ -946,11 +883,6 @@ def write_images(folder: Path, images: Tensor) -> None:
         save_image(image, folder / f"{i:05d}.png")
     save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
     print(f"{len(images)} images in {folder}, a grid in {folder}.png")
-
-
-def resize_area(x: Tensor, size: list[int]) -> Tensor:
-    """Resize maps (C, H, W), in float, to size (h, w) with antialias."""
-    return F.interpolate(x[None].float(), size, mode="bilinear", antialias=True)[0]
 
 
 def fill_holes(args: Args, G: nn.Module, photo: Tensor, hole: Tensor) -> Tensor:
@@ -966,38 +898,30 @@ def fill_holes(args: Args, G: nn.Module, photo: Tensor, hole: Tensor) -> Tensor:
     for area in sorted(areas, key=lambda area: max(s.stop - s.start for s in area)):
         rows, columns = (slice(s.start * cell, s.stop * cell) for s in area)
         inside = torch.zeros_like(hole)
-        inside[0, rows, columns] = hole[0, rows, columns]
-        places = [inside[0].any(dim).nonzero().flatten().tolist() for dim in (1, 0)]
-        if not places[0]:  # it was filled along with another
-            continue
-        scale = min(1, args.side / max(at[-1] - at[0] + 1 for at in places))
-        span, window = round(args.img_size / scale), []
-        for at, length in zip(places, hole.shape[1:]):
-            start = max(0, min((at[0] + at[-1] + 1 - span) // 2, length - span))
-            window.append(slice(start, start + span))
-        view, gap = photo[:, *window], hole[:, *window]
-        size = [max(8, 8 * round(n * scale / 8)) for n in gap.shape[1:]]
-        known = resize_area(~gap, size)  # the share of known pixels, which alone give the colour
-        small = (resize_area(view * ~gap, size) / known.clamp_min(1e-6)).round().to(torch.uint8)
-        filled = complete(G, small[None], (known < 0.5).float()[None])[0]
-        filled = resize_area(filled, gap.shape[1:]).round().to(torch.uint8)
-        photo[:, *window] = filled.where(inside[:, *window], view)
-        hole &= ~inside
+        inside[:, rows, columns] = hole[:, rows, columns]
+        for box in ndimage.find_objects(inside.int().numpy()):  # none: filled along with another
+            scale = min(1, args.side / max(s.stop - s.start for s in box))
+            span, window = round(args.img_size / scale), [slice(None)]
+            for s, length in zip(box[1:], hole.shape[1:]):
+                start = max(0, min((s.start + s.stop - span) // 2, length - span))
+                window.append(slice(start, start + span))
+            view, gap = photo[*window], hole[*window]
+            size = [max(8, 8 * round(n * scale / 8)) for n in gap.shape[1:]]
+            known = TF.resize((~gap).float(), size).clamp_min(1e-6)  # they alone give the colour
+            small = (TF.resize((view * ~gap).float(), size) / known).round().to(torch.uint8)
+            filled = complete(G, small[None], (known < 0.5).float()[None])[0]
+            filled = TF.resize(filled.float(), gap.shape[1:]).round().to(torch.uint8)
+            photo[*window] = filled.where(inside[*window], view)
+            hole &= ~inside
     return photo
-
-
-def warn(text: str) -> None:
-    """Print a warning on stderr."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def paste(image: Image.Image, filled: Tensor, hole: Tensor) -> Image.Image:
     """Put the hole's pixels of filled (3, H, W) into the image; all others stay as they are."""
     new, hole = TF.to_pil_image(filled), hole[0].numpy()
     if image.mode.startswith("I"):  # 16 bits
-        pixels = np.array(image)
-        pixels[hole] = np.asarray(new.convert("L"))[hole].astype(pixels.dtype) * 257
-        return Image.fromarray(pixels)
+        grey = np.asarray(new.convert("L"), np.uint16) * 257
+        return Image.fromarray(np.where(hole, grey, image))
     if image.mode in ("1", "P", "PA"):  # few colours
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image.paste(new.convert(image.mode), mask=Image.fromarray(hole))
@@ -1007,30 +931,31 @@ def paste(image: Image.Image, filled: Tensor, hole: Tensor) -> Image.Image:
 def inpaint(args: Args) -> None:
     """Mode inpaint: fill photographs of any size, in their own mode, where their masks say so."""
     G, _ = load_generator(args, find_checkpoint(args))
-    source, mask, output = (Path(x).expanduser() for x in (args.image, args.mask, args.output))
-    files = fid.image_files(source) if source.is_dir() else [source]
-    masks = {file.stem: file for file in fid.image_files(mask)} if mask.is_dir() else {}
-    for file in files:
-        mask_file = masks.get(file.stem, mask / file.name) if masks else mask
+    source, masks, output = (Path(x).expanduser() for x in (args.image, args.mask, args.output))
+    named = {file.stem: file for file in fid.image_files(masks)} if masks.is_dir() else {}
+    for file in fid.image_files(source) if source.is_dir() else [source]:
+        mask = named.get(file.stem, masks / file.name) if named else masks
         target = output if output.suffix else output / f"{file.stem}.png"
-        if target.resolve() in (file.resolve(), mask_file.resolve()):
+        if target.resolve() in (file.resolve(), mask.resolve()):
             raise ValueError(f"--output must leave the inputs as they are, got {target}")
-        rgb, image = open_image(file), Image.open(file)
+        rgb, image, found = open_image(file), Image.open(file), open_image(mask).size
+        deep = ";16" in str(image.tile) and not image.mode.startswith("I")
         profile = {"exif": image.getexif(), "icc_profile": image.info.get("icc_profile")}
-        hole = torch.from_numpy(read_mask(mask_file, rgb.size, args.invert_mask))[None]
-        share, (width, height), found = hole.float().mean(), rgb.size, open_image(mask_file).size
-        if found != rgb.size:
-            warn(f"{mask_file} is {found[0]}x{found[1]}, resized to {width}x{height}")
-        if share in (0, 1):
-            warn(f"{mask_file} has one value: {'all' if share else 'nothing'} is missing")
-        if ";16" in str(image.tile) and not image.mode.startswith("I"):
-            warn(f"{file} has colours of 16 bits, which Pillow reduces to 8")
-        filled = fill_holes(args, G, TF.pil_to_tensor(rgb), hole)
         image = ImageOps.exif_transpose(image)
         profile["exif"].pop(0x0112, None)  # the orientation: the result is upright
+        hole, size = read_mask(mask, rgb.size, args.invert_mask), "{}x{}".format(*rgb.size)
+        share = hole.float().mean().item()
+        for odd, text in (
+            (found != rgb.size, f"{mask} is {found[0]}x{found[1]}, resized to {size}"),
+            (share in (0, 1), f"{mask} has one value: {'all' if share else 'nothing'} is missing"),
+            (deep, f"{file} has colours of 16 bits, which Pillow reduces to 8"),
+        ):
+            if odd:
+                print(f"warning: {text}", file=sys.stderr)
+        filled = fill_holes(args, G, TF.pil_to_tensor(rgb), hole)
         target.parent.mkdir(parents=True, exist_ok=True)
         paste(image, filled, hole).save(target, quality=95, **profile)
-        print(f"{target}: {share:.1%} of {width}x{height} pixels filled")
+        print(f"{target}: {share:.1%} of {size} pixels filled")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -1038,21 +963,19 @@ def train(args: Args) -> dict[str, float]:
     """Train from the start or, with --resume, from the checkpoint; return the last scores."""
     device, amp, scaler = setup(args)
     (photos, content), (held_out, _) = (load_photos(args, part) for part in (False, True))
-    if not photos:
-        raise ValueError("--data-dir must hold 2 images or more: every 20th is held out, got 1")
     if len(photos) < args.batch_size:
-        raise ValueError(f"--batch-size must be at most {len(photos)}, the images to train on")
-    shown, scored = (held_out_images(args, held_out, n) for n in (args.num_samples, args.eval_num))
+        raise ValueError(f"--batch-size must be at most {len(photos)}, the images not held out")
+    shown, scored = (held_out_images(args, held_out, x) for x in (args.num_samples, args.eval_num))
     torch.manual_seed(args.seed)
     G, D = Generator(args).to(device), Discriminator(args).to(device)
     g_opt = torch.optim.Adam(G.parameters(), args.g_lr, (args.beta1, args.beta2), fused=True)
     d_opt = torch.optim.Adam(D.parameters(), args.d_lr, (args.beta1, args.beta2), fused=True)
-    parts = {"G": G, "D": D, "g_opt": g_opt, "d_opt": d_opt, "scaler": scaler}
-    run = Run(args, content, parts)
+    run = Run(args, content, {"G": G, "D": D, "g_opt": g_opt, "d_opt": d_opt, "scaler": scaler})
     run.best = run.best if run.step else {}  # by phase: the highest PSNR, its step
     done = run.step + args.n_critic * max(0, run.step - args.phase1_steps)  # batches
     batches = photo_batches(args, photos, device, done)
-    noise, zero, scores = torch.Generator(device), torch.zeros((), device=device), {}
+    noise, n, scores = torch.Generator(device), args.batch_size, {}
+    zero = torch.zeros((), device=device)
     while run.step < args.total_steps and not STOP:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
         torch.manual_seed(seed_of(args.seed, 3, run.step, RANK + 1))  # of self-sampling
@@ -1062,22 +985,19 @@ def train(args: Args) -> dict[str, float]:
             real, mask, box = next(batches)
             with amp:
                 with torch.no_grad():
-                    fake = composite(G(real, mask)[1].float(), real, mask)
+                    fake = G(real, mask)[1].float().where(mask > 0, real)
                 real_mean, fake_mean = (D(x, box).float().mean() for x in (real, fake))
-            penalty = zero
-            for critic, x, y in zip(D.critics, D.views(real, box), D.views(fake, box)):
-                eps = draw(torch.rand, noise, args.batch_size, 1, 1, 1)
-                penalty = penalty + gradient_penalty(critic, x, y, eps)
+            each = zip(D.critics, D.views(real, box), D.views(fake, box))
+            penalty = sum(gradient_penalty(*x, draw(torch.rand, noise, n, 1, 1, 1)) for x in each)
             d_loss = fake_mean - real_mean
             d_norm = update(d_opt, D, d_loss + args.lambda_gp * penalty, scaler)  # Eq. 10
         real, mask, box = next(batches)
         with amp:
             coarse, fine = (x.float() for x in G(real, mask))
             if phase == 2:
-                adversarial = -D(composite(fine, real, mask), box).float().mean()
-        l1 = l1_loss(args, coarse, real, mask) + l1_loss(args, fine, real, mask)
+                adversarial = -D(fine.where(mask > 0, real), box).float().mean()
+        l1, ortho = sum(l1_loss(args, x, real, mask) for x in (coarse, fine)), orthogonality(G)
         g_loss = args.lambda_rec * l1 + args.lambda_adv * adversarial  # Eq. 9
-        ortho = orthogonality(G)
         g_norm = update(g_opt, G, g_loss + args.lambda_ortho * ortho, scaler)
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/l1": l1,
@@ -1095,8 +1015,8 @@ def train(args: Args) -> dict[str, float]:
             if scores["psnr"] > run.best.get(phase, (-math.inf, 0))[0]:
                 run.best[phase] = scores["psnr"], run.step
                 run.save("best.pt" if phase == 2 else "best-phase1.pt")
-                small = {"G": G.state_dict(), "args": asdict(args), "progress": (run.step,)}
                 if RANK == 0:
+                    small = {"G": G.state_dict(), "args": asdict(args), "progress": (run.step,)}
                     torch.save(small, run.folder / "generator.tmp")
                     os.replace(run.folder / "generator.tmp", run.folder / "generator.pt")
         if run.due(args.save_every):

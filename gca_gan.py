@@ -15,17 +15,17 @@ convolution mixes the nodes, and a learned gain adds the result to the map. Besi
     python gca_gan.py --mode sample --runs runs/gca_gan__image__*     # Figures 6 and 7
 
 Differences from the paper
- 1. It prints a 1-channel W_j and, with it, sizes that do not multiply. Here W_j has H W outputs,
-    which keeps every other printed size. They agree as printed where C / k = H W = 64, at DCGAN's
-    own widths (`--g-ch 128 --d-ch 128`); the usual 64 have the same formula at 1/4 of the cost.
+ 1. It prints a 1-channel W_j and sizes that do not multiply. Here W_j has H W outputs, all else is
+    as printed. Where C / k = H W = 64, at DCGAN's own widths (`--g-ch 128 --d-ch 128`), all sizes
+    agree; the usual 64 have the same formula at 1/4 of the cost.
  2. "M = W_j x" is read as M = W_m x: four maps are named and only W_m is C x C.
  3. The block is in both networks (`--block-in`), in ConSinGAN in G alone: its critic's maps are
     smaller than the image, and its weights go on to larger stages.
  4. "All models adopt the same hyperparameters", and none is given. `--model sagan` has SAGAN's own
     loss, rates and batch; DCGAN's for it are `--loss bce --batch-size 128 --g-lr 2e-4 --d-lr 2e-4
     --beta1 0.5 --beta2 0.999 --total-steps 39550`. DCGAN trains for 25 epochs.
- 5. "Sampled to 64x64" is the central square of 178 pixels, resized; literally it would be the whole
-    image, squeezed: `--dataset celeba-squashed`. FIDs of different crops do not compare.
+ 5. "Sampled to 64x64" is the central square of 178 pixels, resized; literally it is the whole
+    image, squeezed (`--dataset celeba-squashed`). FIDs of different crops do not compare.
  6. Weights start at N(0, 0.02), in SAGAN Xavier, Theta and all of gcn Glorot, the gain at 0. The
     spectral norm of SAGAN overrides these scales, Theta's too.
  7. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
@@ -34,12 +34,12 @@ Differences from the paper
 10. FID is fid.py's. Table 1 takes the last step, not the best.
 11. ConSinGAN's GCA, which "only works in the first stage", follows stage 0's convolutions, stays in
     the path of the later stages and learns as long as they do.
-12. There `--block gca` takes Z = M Y^T (`--gca-y-transpose`): with the printed Z = M Y all samples
-    are the photograph, since the block adds the same map whatever the noise (see GCA).
+12. There `--block gca` takes Z = M Y^T (`--gca-y-transpose`): the printed Z = M Y adds the same map
+    whatever the noise, and all samples are the photograph (see GCA).
 13. ConSinGAN is its released code (stages, rates, penalty per pixel) without its flaws: 1 or 2
     stages work, alpha is composited, a photograph too small for its stages is refused.
-14. SIFID has the 64 features of SinGAN's numbers, not the 192 of its text (`--sifid-dims`); its
-    code is seen with both. A copy has the best SIFID: read it beside the diversity.
+14. SIFID has the 64 features of SinGAN's numbers, not the 192 of its text (`--sifid-dims`). A copy
+    has the best SIFID: read it beside the diversity.
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
@@ -51,14 +51,13 @@ import math
 import os
 import random
 import signal
-import statistics
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
 
@@ -72,6 +71,7 @@ from torch import distributed as dist
 from torch.amp import GradScaler, autocast
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets
@@ -120,8 +120,7 @@ class Args:
     crop: int = 0  # side of the central square cut out first, in pixels; 0: the short side
     hflip: bool = False  # mirror half of the training images, drawn anew each time
     # Model
-    model: Literal["dcgan", "sagan", "consingan"] = "dcgan"
-    """row of the paper's tables"""
+    model: Literal["dcgan", "sagan", "consingan"] = "dcgan"  # row of the paper's tables
     z_dim: int = 100  # length of the noise vector
     g_ch: int = 64  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
@@ -130,10 +129,8 @@ class Args:
     gca_k: Literal[1, 2, 4, 8] = 8  # channel reduction k of the NL and GCA blocks
     gca_variant: Literal["nodes", "bottleneck", "gcn"] = "nodes"
     """reading of the paper's sizes: J of H W features, of C / k, or a textbook graph convolution"""
-    gca_y_transpose: bool = False
-    """Z = M Y^T, where a pixel takes its own node's row, not the printed M Y; gcn always does"""
-    gca_binarize: Literal["off", "ste", "hard"] = "off"
-    """edges 1 above a row's mean, else 0; ste: with the gradient of those not binarised"""
+    gca_y_transpose: bool = False  # Z = M Y^T, not the printed M Y: a pixel takes its own row
+    gca_binarize: Literal["off", "ste", "hard"] = "off"  # edges 0 or 1; ste: with soft A's gradient
     # Optimisation
     batch_size: int = 128  # images per update, shared out over the processes
     n_critic: int = 1  # discriminator updates per generator update
@@ -219,11 +216,10 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
     yield size in (32, 64, 128), f"--img-size must be 32, 64 or 128, got {size}"
-    for net in "gd":
+    for net in "g" if args.photo else "gd":
         channels = getattr(args, f"{net}_ch") * (1 if args.photo else size // 16)
         plain = args.block == "none" or args.block_in not in ("both", net)
-        fits = plain or (args.photo and net == "d") or channels % k == 0
-        yield fits, f"--gca-k must divide {channels} channels, got {k}"
+        yield plain or channels % k == 0, f"--gca-k must divide {channels} channels, got {k}"
     least = min(args.stages, args.niter, args.train_depth)
     yield least >= 1, f"--stages, --niter and --train-depth must be at least 1, got {least}"
     yield args.min_size >= 11, f"--min-size must be at least 11, what D sees, got {args.min_size}"
@@ -273,54 +269,44 @@ def normalize(a: Tensor) -> Tensor:
 
 
 class Gated(nn.Module):
-    """A block that adds a residual p to its input x, o = gain p + x, and is the identity at first.
+    """Base of both blocks, (N, C, H, W) -> (N, C, H, W): o = gain W_v z + x, the gain 0 at first.
 
-    `ratio` is rms(p) / rms(x) of the last forward pass, for the log. What follows the 1x1
-    convolutions of x runs in fp32: p grows with the square of x and may overflow half precision.
+    `mix` makes z (N, c, n) of the 1x1 convolutions `inputs` of x, in fp32: it grows with the square
+    of x and may overflow half precision. `ratio` is rms(W_v z) / rms(x) of the last forward pass.
     """
 
-    gain_name = ""
+    def __init__(self, gain: str, inputs: str, **convolutions: tuple[int, int]) -> None:
+        super().__init__()
+        self.gain_name, self.inputs = gain, inputs
+        for name, channels in convolutions.items():
+            setattr(self, name, nn.Conv2d(*channels, 1, bias=False))
+        setattr(self, gain, nn.Parameter(torch.zeros(())))
 
-    def maps(self, x: Tensor, *layers: nn.Module) -> list[Tensor]:
-        """Return layers of x (N, C, H, W) in fp32, flat: (N, c, n) each."""
+    def forward(self, x: Tensor) -> Tensor:
         gain = getattr(self, self.gain_name)
-        return [layer(x).flatten(2).to(gain.dtype) for layer in layers]
-
-    def add(self, p: Tensor, x: Tensor) -> Tensor:
-        """Return o (N, C, H, W), in the precision of x."""
-        gain, wide = getattr(self, self.gain_name), x.to(p.dtype)
-        p_rms, x_rms = (t.detach().square().mean().sqrt() for t in (p, wide))
-        self.ratio = p_rms / x_rms.clamp_min(1e-12)
-        return (gain * p + wide).to(x.dtype)
+        maps = [getattr(self, name)(x).flatten(2).to(gain.dtype) for name in self.inputs]
+        with autocast(x.device.type, enabled=False):
+            p, wide = self.v(self.mix(*maps).unflatten(2, x.shape[2:])), x.to(gain.dtype)
+            self.ratio = p.detach().norm() / wide.detach().norm().clamp_min(1e-12)
+            return (gain * p + wide).to(x.dtype)
 
 
 class NonLocal(Gated):
-    """The non-local block, SAGAN's self-attention: (N, C, H, W) -> (N, C, H, W).
-
-    y = gamma W_v (sum over i of a_ji h(x_i)) + x, in matrices W_v H A^T.
-    """
-
-    gain_name = "gamma"
+    """The non-local block, SAGAN's self-attention: z_j = sum over i of a_ji h(x_i)."""
 
     def __init__(self, channels: int, args: Args) -> None:
-        super().__init__()
-        inner = channels // args.gca_k
-        self.f, self.g, self.h = (nn.Conv2d(channels, inner, 1, bias=False) for _ in range(3))
-        self.v = nn.Conv2d(inner, channels, 1, bias=False)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        down = channels, channels // args.gca_k
+        super().__init__("gamma", "fgh", f=down, g=down, h=down, v=down[::-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        f, g, h = self.maps(x, self.f, self.g, self.h)
-        with autocast(x.device.type, enabled=False):
-            out = h @ edge_weights(f, g).transpose(1, 2)
-            return self.add(self.v(out.unflatten(2, x.shape[2:])), x)
+    def mix(self, f: Tensor, g: Tensor, h: Tensor) -> Tensor:
+        return h @ edge_weights(f, g).transpose(1, 2)
 
 
 class GCA(Gated):
     """Graph convolution over the pixels of a map, its edges from self-attention (the paper's own).
 
-    (N, C, H, W) -> (N, C, H, W). With the n = H W pixels as nodes, x as C x n, c = C / k:
-    Y = A^ J Theta, Z = M Y, o = alpha W_v Z + x, where M = W_m x and
+    With the n = H W pixels as nodes, x as C x n, c = C / k: Y = A^ J Theta, Z = M Y,
+    o = alpha W_v Z + x, where M = W_m x and
 
         variant     J                              Theta
         nodes       (W_j x)^T, W_j: C -> n         n x n
@@ -333,50 +319,37 @@ class GCA(Gated):
     the block takes maps of `size` only.
     """
 
-    gain_name = "alpha"
-
     def __init__(self, channels: int, size: tuple[int, int], args: Args) -> None:
-        super().__init__()
-        self.size, self.variant, self.binarize = size, args.gca_variant, args.gca_binarize
-        self.y_transpose, inner, n = args.gca_y_transpose, channels // args.gca_k, math.prod(size)
-        j, rows, columns, m = {
-            "nodes": (n, n, n, channels),
-            "bottleneck": (inner, inner, n, channels),
-            "gcn": (inner, inner, inner, inner),
+        n, c = math.prod(size), channels // args.gca_k
+        j, theta, m, inputs = {  # outputs of W_j and Theta, inputs of W_m
+            "nodes": (n, n, channels, "fgjm"),
+            "bottleneck": (c, n, channels, "fgjm"),
+            "gcn": (c, c, c, "fgj"),
         }[args.gca_variant]
-        self.f, self.g = (nn.Conv2d(channels, inner, 1, bias=False) for _ in range(2))
-        self.j = nn.Conv2d(channels, j, 1, bias=False)
-        self.m = nn.Conv2d(m, channels, 1, bias=False)
-        self.v = nn.Conv2d(channels, channels, 1, bias=False)
-        self.theta = nn.Linear(rows, columns, bias=False)  # x -> x Theta; its weight is Theta^T
+        convolutions = {"f": (channels, c), "g": (channels, c), "j": (channels, j)}
+        super().__init__("alpha", inputs, **convolutions, m=(m, channels), v=(channels, channels))
+        self.theta = nn.Linear(j, theta, bias=False)  # x -> x Theta; its weight is Theta^T
         nn.init.xavier_uniform_(self.theta.weight)
-        self.alpha = nn.Parameter(torch.zeros(()))
+        self.size, self.variant, self.binarize = size, args.gca_variant, args.gca_binarize
+        self.y_transpose = args.gca_y_transpose or self.variant == "gcn"
 
-    def mix(self, a: Tensor, j: Tensor, m: Tensor) -> Tensor:
-        """Return Z = M Y or M Y^T (N, C, n) of Y = A^ J Theta, a A^, j J^T (N, d, n), m M.
-
-        From M on where a map has more pixels than channels: no product of two n x n matrices.
-        """
-        if m.shape[1] >= m.shape[2]:
+    def mix(self, f: Tensor, g: Tensor, j: Tensor, m: Tensor | None = None) -> Tensor:
+        """Return Z = M Y or M Y^T, (N, C, n), of F and G (N, c, n), J^T (N, d, n), M (N, C, n)."""
+        a = normalize(edge_weights(f, g, self.binarize))
+        m = self.m.weight.flatten(1) if m is None else m  # gcn: Z = W_m Y^T
+        if m.shape[-1] <= m.shape[-2]:
             y = self.theta(a @ j.transpose(1, 2))
             return m @ (y.transpose(1, 2) if self.y_transpose else y)
+        # From M on where pixels outnumber channels: no product of two n x n matrices.
         if self.y_transpose:
             return m @ self.theta.weight @ j @ a.transpose(1, 2)
         return self.theta(m @ a @ j.transpose(1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        gcn, size = self.variant == "gcn", tuple(x.shape[2:])
-        if not gcn and size != self.size:
-            raise ValueError(f"GCA was built for maps of {self.size}, got {size}; gcn takes any")
-        f, g, j, *m = self.maps(x, self.f, self.g, self.j, *([] if gcn else [self.m]))
-        with autocast(x.device.type, enabled=False):
-            a = normalize(edge_weights(f, g, self.binarize))
-            if gcn:
-                y = self.theta(a @ j.transpose(1, 2))
-                z = self.m(y.transpose(1, 2).unflatten(2, size))
-            else:
-                z = self.mix(a, j, *m).unflatten(2, size)
-            return self.add(self.v(z), x)
+        if self.variant != "gcn" and x.shape[2:] != self.size:
+            got = tuple(x.shape[2:])
+            raise ValueError(f"GCA was built for maps of {self.size}, got {got}; gcn takes any")
+        return super().forward(x)
 
 
 def start_weights(args: Args, net: nn.Module) -> None:
@@ -385,9 +358,10 @@ def start_weights(args: Args, net: nn.Module) -> None:
     In this order: what is written to a weight under spectral norm is lost. Theta stays Glorot, and
     so are all layers of gcn: four of them at 0.02 would leave p at under 1 % of x.
     """
-    sagan, blocks = args.model == "sagan", [m for m in net.modules() if isinstance(m, GCA)]
-    gcn = {layer for block in blocks if block.variant == "gcn" for layer in block.modules()}
+    sagan, gcn = args.model == "sagan", set()
     for layer in list(net.modules()):
+        if isinstance(layer, GCA) and layer.variant == "gcn":
+            gcn.update(layer.children())
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             if sagan or layer in gcn:
                 nn.init.xavier_uniform_(layer.weight)
@@ -433,8 +407,7 @@ class Generator(nn.Sequential):
 class Discriminator(nn.Sequential):
     """Images (N, 3, img_size, img_size) -> logits (N,): DCGAN's without its sigmoid.
 
-    SAGAN's has biases, spectral norm and no batch norm. The block follows the activation at 8x8, as
-    layer `place`.
+    SAGAN's has biases, spectral norm and no batch norm. The block follows the activation at 8x8.
     """
 
     def __init__(self, args: Args) -> None:
@@ -444,12 +417,9 @@ class Discriminator(nn.Sequential):
             norm = [] if sagan or channels == 3 else [nn.BatchNorm2d(out)]
             conv = nn.Conv2d(channels, out, 4, 2, 1, bias=sagan)
             layers += [conv, *norm, nn.LeakyReLU(0.1 if sagan else 0.2)]
-            if out == eighth:
-                place = len(layers)
-                layers += make_block(args, "d", out, (8, 8))
+            layers += make_block(args, "d", out, (8, 8)) if out == eighth else []
             channels = out
         super().__init__(*layers, nn.Conv2d(deepest, 1, 4, bias=sagan), nn.Flatten(0))
-        self.place = place
         start_weights(args, self)
 
 
@@ -458,20 +428,17 @@ def conv_layer(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3), nn.LeakyReLU(0.05))
 
 
-@lru_cache
-def bicubic(old: int, new: int, device: torch.device) -> Tensor:
-    """Return bicubic interpolation of `old` values to `new`, ends on ends: a matrix (new, old)."""
-    eye = torch.eye(old, device=device)[None, None]
-    return F.interpolate(eye, (new, old), mode="bicubic", align_corners=True)[0, 0]
-
-
 def resize_bicubic(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return F.interpolate(x, size, mode="bicubic", align_corners=True) of maps (N, C, H, W).
 
-    As two products of matrices, channels last: faster, and bit-reproducible on CUDA, where that
-    function's gradient comes by atomic additions.
+    As two products of matrices, channels last: 4 to 6 times as fast on a CPU, and bit-reproducible
+    on CUDA, where that function's gradient comes by atomic additions.
     """
-    h, w = (bicubic(old, new, x.device).to(x.dtype) for old, new in zip(x.shape[2:], size))
+    matrices = []  # (new, old) each
+    for old, new in zip(x.shape[2:], size):
+        eye = torch.eye(old, dtype=x.dtype, device=x.device)[None, None]
+        matrices.append(F.interpolate(eye, (new, old), mode="bicubic", align_corners=True)[0, 0])
+    h, w = matrices
     y = (h @ x.permute(0, 2, 3, 1).flatten(2)).unflatten(2, (x.shape[3], x.shape[1]))
     return (w @ y).permute(0, 3, 1, 2)
 
@@ -480,22 +447,20 @@ class PyramidGenerator(nn.Module):
     """ConSinGAN's generator: noise of the stages 0 to d -> images (N, 3, h_d, w_d) in [-1, 1].
 
     One layer to features; stages that each refine the upsampled features of the one before, plus
-    noise; one layer to colours. It has one stage at first; `grow` appends a copy of the last. The
-    block is outside of the stages, since a copy of it would not fit the next size. Buffers hold
-    what sampling needs: the photograph at every stage (real0, ...), the noise z* that reconstructs
-    it (z0, ...), and the amplitudes of the noise.
+    noise; one layer to colours. The block is outside of the stages: a copy of it would not fit the
+    next size. Buffers hold what sampling needs: the photograph at every stage (real0, ...), the
+    noise z* that reconstructs it (z0, ...), and the amplitudes of the noise.
     """
 
     def __init__(self, args: Args, pyramid: list[Tensor]) -> None:
         super().__init__()
-        self.channels, size = args.g_ch, tuple(pyramid[0].shape[2:])
-        self.head = conv_layer(3, args.g_ch)
-        stage = nn.Sequential(*(conv_layer(args.g_ch, args.g_ch) for _ in range(3)))
-        self.body = nn.ModuleList([stage])
-        self.tail = nn.Sequential(nn.Conv2d(args.g_ch, 3, 3), nn.Tanh())
+        self.channels = c = args.g_ch
+        self.head = conv_layer(3, c)
+        self.body = nn.ModuleList([nn.Sequential(*(conv_layer(c, c) for _ in range(3)))])
+        self.tail = nn.Sequential(nn.Conv2d(c, 3, 3), nn.Tanh())
         start_weights(args, self)
         # Last: a run with a block starts from the weights of one without.
-        self.block = nn.Sequential(*make_block(args, "g", args.g_ch, size))
+        self.block = nn.Sequential(*make_block(args, "g", c, tuple(pyramid[0].shape[2:])))
         start_weights(args, self.block)
         for i, real in enumerate(pyramid):
             self.register_buffer(f"real{i}", real)
@@ -505,10 +470,10 @@ class PyramidGenerator(nn.Module):
     @torch.no_grad()
     def grow(self, sampler: Callable[..., Tensor]) -> None:
         """Append a copy of the last stage; draw its z*; its amplitude is 0.1 of what z* is off."""
+        d = len(self.body)
         self.body.append(copy.deepcopy(self.body[-1]))
-        d = len(self.body) - 1
         self.register_buffer(f"z{d}", self.noise(sampler)[d])
-        error = F.mse_loss(self(self.stack("z")), getattr(self, f"real{d}"))  # amplitude 0 yet
+        error = F.mse_loss(self(self.stack("z")), self.stack("real")[d])  # amplitude 0 yet
         self.amps[d] = 0.1 * error.sqrt()
 
     def stack(self, name: str) -> list[Tensor]:
@@ -520,12 +485,10 @@ class PyramidGenerator(nn.Module):
 
         RGB at stage 0; later features, three pixels wider on all sides: what a stage cuts off.
         """
-        noise = []
-        for real in self.stack("real"):
-            h, w = (int(side * factor) for side, factor in zip(real.shape[2:], scale))
-            shape = (h + 6, w + 6, self.channels) if noise else (h, w, 3)
-            noise.append(sampler(1, *shape).permute(0, 3, 1, 2))
-        return noise
+        sides = [real.shape[2:] for real in self.stack("real")]
+        sides = [(int(h * scale[0]), int(w * scale[1])) for h, w in sides]
+        shapes = [(*sides[0], 3), *((h + 6, w + 6, self.channels) for h, w in sides[1:])]
+        return [sampler(1, *shape).permute(0, 3, 1, 2) for shape in shapes]
 
     def forward(self, noise: list[Tensor]) -> Tensor:
         x = self.head(F.pad(noise[0], [1] * 4))
@@ -537,15 +500,15 @@ class PyramidGenerator(nn.Module):
         return self.tail(F.pad(y, [1] * 4))
 
     def groups(self, args: Args) -> list[dict[str, Any]]:
-        """Return Adam's parameter groups of the newest stage d; what is not in them is frozen.
+        """Return Adam's parameter groups; a part `train_depth` stages old or older is frozen.
 
-        The learning rate falls by `lr_scale` with each stage that a part is older.
+        The learning rate falls by `lr_scale` with each stage that a part is older than the newest.
         """
-        d, depth = len(self.body) - 1, args.train_depth
-        parts = [(self.body[i], d - i) for i in range(max(0, d - depth + 1), d + 1)]
-        parts += [(self.tail, 0), *[(self.head, d), (self.block, d)][: 2 * (d < depth)]]
-        self.requires_grad_(False)
-        groups = [(list(part.requires_grad_().parameters()), age) for part, age in parts]
+        d = len(self.body) - 1
+        ages = [*zip(self.body, range(d, -1, -1)), (self.tail, 0), (self.head, d), (self.block, d)]
+        for part, age in ages:
+            part.requires_grad_(age < args.train_depth)
+        groups = [([p for p in part.parameters() if p.requires_grad], age) for part, age in ages]
         return [{"params": p, "lr": args.g_lr * args.lr_scale**age} for p, age in groups if p]
 
 
@@ -560,13 +523,9 @@ class PatchDiscriminator(nn.Sequential):
 
 def block_terms(**nets: nn.Module) -> dict[str, Tensor]:
     """Return for the log the gain of each block and rms(p) / rms(x) of its last forward pass."""
-    terms = {}
-    for key, net in nets.items():
-        for block in net.modules():
-            if isinstance(block, Gated):
-                terms[f"block/{block.gain_name}_{key}"] = getattr(block, block.gain_name)
-                terms[f"block/ratio_{key}"] = block.ratio
-    return terms
+    found = [(key, m) for key, net in nets.items() for m in net.modules() if isinstance(m, Gated)]
+    gains = {f"block/{m.gain_name}_{key}": getattr(m, m.gain_name) for key, m in found}
+    return gains | {f"block/ratio_{key}": m.ratio for key, m in found}
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
@@ -614,25 +573,6 @@ def open_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_church(root: Path) -> tuple[Callable[[int], Image.Image], int]:
-    """Return the function that reads image i of LSUN's churches (JPEG, WebP), and their number.
-
-    torchvision's reader would write a file of its keys into the working folder.
-    """
-    import lmdb
-
-    path = str(root / "church_outdoor_train_lmdb")
-    database = lmdb.open(path, readonly=True, lock=False, readahead=False)
-    with database.begin() as transaction:
-        keys = list(transaction.cursor().iternext(values=False))
-
-    def read(i: int) -> Image.Image:
-        with database.begin() as transaction:  # one each: threads cannot share one
-            return open_image(io.BytesIO(transaction.get(keys[i])))
-
-    return read, len(keys)
-
-
 # differs from giu_gan.py: the data sets are this paper's
 def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], list[tuple]]:
     """Return the function that reads image i, the labels, and (name, size, time) of the files."""
@@ -651,17 +591,21 @@ def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], l
         return lambda i: open_image(files[i]), [classes[label] for label in labels], stats
     package = "lmdb" if args.dataset == "lsun-church" else "gdown"
     try:
-        if package == "lmdb":
-            read, count = open_church(root)
-            return read, [0] * count, []
+        if package == "lmdb":  # torchvision's reader would write a file into the working folder
+            import lmdb
+
+            path = str(root / "church_outdoor_train_lmdb")
+            database = lmdb.open(path, readonly=True, lock=False, readahead=False)
+            keys = list(database.begin().cursor().iternext(values=False))
+            get = lambda key: io.BytesIO(database.begin().get(key))  # threads cannot share begin()
+            return lambda i: open_image(get(keys[i])), [0] * len(keys), []
         source = datasets.CelebA(root, "all", [], download=True)
     except Exception as error:  # gdown and lmdb have their own
         hint = f"pip install {package}, or take the pictures alone by --dataset folder"
         raise OSError(f"--dataset {args.dataset} must be in {root}: {error}; {hint}") from error
     if args.dataset == "celeba":
         return lambda i: source[i][0], [0] * len(source), []
-    side = [args.img_size, args.img_size]
-    return lambda i: TF.resize(source[i][0], side), [0] * len(source), []
+    return lambda i: TF.resize(source[i][0], [args.img_size] * 2), [0] * len(source), []
 
 
 def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Tensor, Tensor, Path]:
@@ -732,16 +676,15 @@ def pyramid_shapes(args: Args, height: int, width: int) -> list[tuple[int, int]]
     All but the last are r^e of it, rounded up; e = (S - 1) ln(S - i) / ln(S) + 1 for stage i of
     S + 1 gives more small stages than SinGAN's S - i.
     """
-    long = max(height, width)
-    if long > args.max_size:
+    if (long := max(height, width)) > args.max_size:
         height, width = (-(-side * args.max_size // long) for side in (height, width))
     short, last = min(height, width), args.stages - 1
     if short <= args.min_size:
         side = f"{short}, the short side at {height}x{width} of --max-size {args.max_size}"
         raise ValueError(f"--min-size must be below {side}, got {args.min_size}")
-    sizes, ratio = [], (args.min_size / short) ** (1 / max(1, last))
+    ratio, sizes = (args.min_size / short) ** (1 / max(1, last)), []
     for i in range(last):
-        exponent = (last - 1) / math.log(last) * math.log(last - i) + 1 if last > 1 else 1
+        exponent = (last - 1) / (math.log(last) or 1) * math.log(last - i) + 1
         sizes.append(tuple(math.ceil(side * ratio**exponent) for side in (height, width)))
     return [*sizes, (height, width)]
 
@@ -750,10 +693,10 @@ def load_pyramid(args: Args) -> list[Tensor]:
     """Return the photograph at every stage's size, (1, 3, H, W) in [-1, 1], from the last's."""
     photo = open_image(Path(args.image).expanduser())
     sizes = pyramid_shapes(args, photo.height, photo.width)
-    n, gca = math.prod(sizes[0]), args.block == "gca"
-    if gca and args.gca_variant == "nodes" and n > 4096:
+    sized = args.block == "gca" and args.gca_variant != "gcn"
+    if sized and args.gca_variant == "nodes" and (n := math.prod(sizes[0])) > 4096:
         raise ValueError(f"--gca-variant must be bottleneck or gcn: Theta would be {n}x{n}")
-    if gca and args.gca_variant != "gcn" and not args.gca_y_transpose:
+    if sized and not args.gca_y_transpose:
         print("warning: Z = M Y copies one photograph; --gca-y-transpose does not", file=sys.stderr)
     full = photo.resize(sizes[-1][::-1], Image.BICUBIC)
     levels = [TF.pil_to_tensor(full.resize(size[::-1], Image.BICUBIC)) for size in sizes]
@@ -766,15 +709,15 @@ STOP: list[int] = []  # the signal that ends the training after the present step
 
 def row_name(args: Args) -> str:
     """Return the name of a row: the model, the block and what sets it apart, the photograph."""
-    gca, y_transpose = args.block == "gca", args.gca_y_transpose and args.gca_variant != "gcn"
+    gca, blocked, variant = args.block == "gca", args.block != "none", args.gca_variant
     parts = {
         args.model: True,
         args.block: True,
-        args.gca_variant: gca and args.gca_variant != "nodes",
-        "yt": gca and y_transpose,
+        variant: gca and variant != "nodes",
+        "yt": gca and args.gca_y_transpose and variant != "gcn",
         args.gca_binarize: gca and args.gca_binarize != "off",
-        f"k{args.gca_k}": args.block != "none" and args.gca_k != 8,
-        f"in-{args.block_in}": args.block != "none" and args.block_in != "both",
+        f"k{args.gca_k}": blocked and args.gca_k != 8,
+        f"in-{args.block_in}": blocked and args.block_in != "both",
         f"ch{args.g_ch}-{args.d_ch}": (args.g_ch, args.d_ch) != (64, 64),
         Path(args.image).stem: args.image != "",
     }
@@ -978,50 +921,43 @@ def write_scores(folder: Path, step: int, scores: dict, inception: nn.Module) ->
 
 def evaluate(args: Args) -> dict[str, float]:
     """Mode evaluate: print the scores of the last step and write them to evaluate.json."""
-    device, path = setup(args)[0], run_folder(args) / "checkpoint.pt"  # Table 1: not of the best
-    path = Path(args.checkpoint).expanduser() if args.checkpoint else path
+    device = setup(args)[0]
+    path = Path(args.checkpoint or run_folder(args) / "checkpoint.pt").expanduser()
+    _, G, step = load_nets(args, path, device)
     if args.photo:
         inception = fid.load_sifid_trunk(args.fid_weights, device, args.sifid_dims)
-        G, step = load_photo_generator(args, path, device)
         scores = photo_scores(args, G, inception)
     else:
         inception = fid.load_inception(args.fid_weights, device)
         images, _, file = load_images(args, device)
-        nets, G = build(args, device)
-        step = load(path, nets)["progress"][0]
         scores = score(args, inception, G, images, file)
     write_scores(path.parent, step, scores, inception)
     return scores
 
 
-PUBLISHED = {  # Table 1, FID on CelebA and on LSUN church
-    "dcgan-none": (33.39, 33.59),
-    "dcgan-nl": (34.56, 54.36),
-    "dcgan-gca": (25.75, 22.15),
-    "sagan-nl": (54.75, 36.56),
-    "sagan-gca": (37.39, 28.74),
+ROWS = ("dcgan-none", "dcgan-nl", "dcgan-gca", "sagan-nl", "sagan-gca")
+PUBLISHED = {  # Table 1
+    "CelebA, paper": (33.39, 34.56, 25.75, 54.75, 37.39),
+    "LSUN church, paper": (33.59, 54.36, 22.15, 36.56, 28.74),
 }
 
 
 def table(runs: list[Args], paths: list[Path]) -> str:
     """Return Table 1 in Markdown: published FIDs, then those of runs, their seeds together."""
-    found = {}
+    found = {(ROWS[i], name): [fids[i]] for name, fids in PUBLISHED.items() for i in range(5)}
     for args, path in zip(runs, paths):
-        file, row = path.with_name("evaluate.json"), args.exp_name or row_name(args)
+        file = path.with_name("evaluate.json")
         about = json.loads(file.read_text()) if file.exists() else {"step": 0}
         label = ", random features" if about.get("weights") == "random" else ""
-        cell = found.setdefault((row, f"{args.dataset}, step {about['step']}{label}"), [])
-        cell += [about["fid"]] if "fid" in about else []
-    columns = sorted({column for _, column in found})
-    head = ["FID", "CelebA, paper", "LSUN church, paper", *columns]
-    lines = [head, ["---"] * len(head)]
-    for row in dict.fromkeys([*PUBLISHED, *(row for row, _ in found)]):
-        cells = [f"{fid:.2f}" for fid in PUBLISHED.get(row, ())] or ["", ""]
-        for column in columns:
-            fids = found.get((row, column), [])
-            spread = f" ± {statistics.stdev(fids):.2f}" if len(fids) > 1 else ""
-            cells += [f"{statistics.mean(fids):.2f}{spread} ({len(fids)})" if fids else "not run"]
-        lines.append([row, *cells])
+        cell = args.exp_name or row_name(args), f"{args.dataset}, step {about['step']}{label}"
+        found.setdefault(cell, []).extend([about["fid"]] if "fid" in about else [])
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*found))
+    lines = [["FID", *columns], ["---"] * (1 + len(columns))]
+    for row in rows:
+        lines.append([row])
+        for fids in (found.get((row, column), []) for column in columns):
+            spread = f" ± {np.std(fids, ddof=1):.2f} ({len(fids)})" if len(fids) > 1 else ""
+            lines[-1].append(f"{np.mean(fids):.2f}{spread}" if fids else "not run")
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -1031,8 +967,8 @@ def overlay(images: Tensor, maps: Tensor) -> Tensor:
     Of a map the mean over the channels, stretched to [0, 1].
     """
     mean = maps.mean(dim=1, keepdim=True)
-    low, high = mean.amin(dim=(2, 3), keepdim=True), mean.amax(dim=(2, 3), keepdim=True)
-    heat = (mean - low) / (high - low).clamp_min(1e-12)
+    heat = mean - mean.amin(dim=(2, 3), keepdim=True)
+    heat = heat / heat.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12)
     heat = F.interpolate(heat, images.shape[2:], mode="bicubic").clamp(0, 1)
     jet = torch.cat([1.5 - (4 * heat - peak).abs() for peak in (3, 2, 1)], dim=1).clamp(0, 1)
     return images / 2 + jet / 2
@@ -1044,22 +980,22 @@ def compare_models(runs: list[Args], paths: list[Path], device: torch.device) ->
     target, text = paths[0].parent, table(runs, paths)
     (target / "table1.md").write_text(text + "\n")
     print(text)
-    built = [build(run, device) for run in runs]
-    for (nets, _), path in zip(built, paths):
-        load(path, nets)
-    rows = [generate(G, eval_noise(run, 8)) for run, (_, G) in zip(runs, built)]
+    loaded = [load_nets(args, path, device) for args, path in zip(runs, paths)]
+    rows = [generate(G, eval_noise(args, 8)) for args, (_, G, _) in zip(runs, loaded)]
     save_image(torch.cat(rows) / 255, target / "samples.png", nrow=8)
     try:
         real = load_images(runs[0], device)[0][:8].to(device) / 255
     except (OSError, ValueError) as error:
         return print(f"table1.md and samples.png in {target}; no heatmaps.png: {error}")
     columns = [real]
-    for nets, _ in built:
-        D, x = nets["D"].eval(), real * 2 - 1
-        for layer in [*D][: D.place]:
+    for nets, _, _ in loaded:
+        x, maps = real * 2 - 1, []
+        for layer in nets["D"].eval():
             x = layer(x)
-        o = D[D.place](x) if isinstance(D[D.place], Gated) else x
-        columns += [overlay(real, maps) for maps in ([x] if o is x else [o, x, o - x])]
+            if x.shape[2:] == (8, 8) and isinstance(layer, (nn.LeakyReLU, Gated)):
+                maps.insert(0, x)  # o and x of a block, or x alone
+        maps += [maps[0] - maps[1]] if len(maps) == 2 else []
+        columns += [overlay(real, x) for x in maps]
     cells = torch.stack(columns, dim=1).flatten(0, 1)
     save_image(cells, target / "heatmaps.png", nrow=len(columns))
     print(f"table1.md, samples.png, heatmaps.png (images; o, x, o - x of each run) in {target}")
@@ -1070,19 +1006,13 @@ def sample(args: Args) -> None:
     device, path = setup(args)[0], find_checkpoint(args)
     if args.runs:
         paths = [Path(run, "checkpoint.pt") for run in args.runs]
-        runs = [Args(**torch.load(path, "cpu", weights_only=True)["args"]) for path in paths]
+        runs = [Args(**load(path, {})["args"]) for path in paths]
         if len({run.photo for run in runs}) > 1:
             raise ValueError("--runs must be all of ConSinGAN or all of other models")
         return (compare_photos if runs[0].photo else compare_models)(runs, paths, device)
-    if args.photo:
-        G, step = load_photo_generator(args, path, device)
-        if args.scale != (1, 1) and args.block == "gca" and args.gca_variant != "gcn":
-            raise ValueError("--scale must be 1 1 with GCA, but for --gca-variant gcn")
-        images = photo_samples(G, args.num_samples, args.scale)
-    else:
-        nets, G = build(args, device)
-        step = load(path, nets)["progress"][0]
-        images = generate(G, eval_noise(args, args.num_samples))
+    _, G, step = load_nets(args, path, device)
+    n = args.num_samples
+    images = photo_samples(G, n, args.scale) if args.photo else generate(G, eval_noise(args, n))
     write_images(path.parent / f"generated/{step}", images / 255)
 
 
@@ -1095,9 +1025,7 @@ def write_images(folder: Path, images: Tensor) -> None:
     print(f"{len(images)} images in {folder}, a grid in {folder}.png")
 
 
-def build_pyramid(
-    args: Args, pyramid: list[Tensor], step: int, device: torch.device
-) -> dict[str, nn.Module]:
+def build_pyramid(args: Args, pyramid: list[Tensor], step: int, device: torch.device) -> dict:
     """Return ConSinGAN's networks as they are after `step` steps, with the weights of the start."""
     nets = {"D": PatchDiscriminator(args), "G": PyramidGenerator(args, pyramid)}
     for _ in range(max(0, step - 1) // args.niter):
@@ -1105,13 +1033,16 @@ def build_pyramid(
     return {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
 
-def load_photo_generator(args: Args, path: Path, device: torch.device) -> tuple[nn.Module, int]:
-    """Return ConSinGAN's generator of a checkpoint, and its step."""
-    state = torch.load(path, "cpu", weights_only=True)
-    pyramid = [state["G"][f"real{i}"] for i in range(len(state["G"]["amps"]))]
-    G = build_pyramid(args, pyramid, step := state["progress"][0], device)["G"]
-    G.load_state_dict(state["G"])
-    return G, step
+def load_nets(args: Args, path: Path, device: torch.device) -> tuple[dict, nn.Module, int]:
+    """Return the networks of a checkpoint, the generator to show, and the step."""
+    if args.photo:
+        state = load(path, {})
+        pyramid = [state["G"][f"real{i}"] for i in range(len(state["G"]["amps"]))]
+        nets = build_pyramid(args, pyramid, state["progress"][0], device)
+        G = nets["G"]
+    else:
+        nets, G = build(args, device)
+    return nets, G, load(path, nets)["progress"][0]
 
 
 @torch.no_grad()
@@ -1159,23 +1090,22 @@ def compare_photos(runs: list[Args], paths: list[Path], device: torch.device) ->
     """
     pairs, strips = [], []
     for args, path in zip(runs, paths):
-        G, step = load_photo_generator(args, path, device)
+        _, G, step = load_nets(args, path, device)
         real, file = to_pixels(G.stack("real")[-1]), path.with_name("evaluate.json")
         if pairs and real.shape != pairs[0].shape:
             raise ValueError(f"--runs must be of one photograph and stage, got {path.parent}")
         pairs += [real, photo_samples(G, 4)]
-        for stage in sorted(path.parent.glob("stage*.pt")):
-            image = photo_samples(load_photo_generator(args, stage, device)[0], 1)
-            strips.append(F.interpolate(image, real.shape[2:]))
-        strips.append(real)
+        stages = [path.with_name(f"stage{i}.pt") for i in range(step // args.niter)]
+        images = [photo_samples(load_nets(args, stage, device)[1], 1) for stage in stages]
+        strips.append(torch.cat([*(F.interpolate(x, real.shape[2:]) for x in images), real]))
         print(f"{path.parent}: ", end="")
         photo_scores(args, G)
         about = json.loads(file.read_text()) if file.exists() else {}
         if about.get("step") == step:
             print(f"    SIFID {about['sifid']:.4g} ± {about['sifid_std']:.2g}, {about['weights']}")
-    target = paths[0].parent
+    target, strips = paths[0].parent, pad_sequence(strips, batch_first=True)
     save_image(torch.cat(pairs) / 255, target / "pairs.png", nrow=5)
-    save_image(torch.cat(strips) / 255, target / "stages.png", nrow=len(strips) // len(runs))
+    save_image(strips.flatten(0, 1) / 255, target / "stages.png", nrow=strips.shape[1])
     print(f"pairs.png and stages.png, a row for each run, in {target}")
 
 
@@ -1233,22 +1163,14 @@ def train(args: Args) -> dict[str, float]:
     return scores
 
 
-def stage_optimizers(args: Args, G: nn.Module, D: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """Return new optimisers for the newest stage."""
-    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
-    return {"g_opt": adam(G.groups(args), args.g_lr), "d_opt": adam(D.parameters(), args.d_lr)}
-
-
 def estimate(args: Args, D: nn.Module, photo: list[Tensor]) -> timedelta:
     """Return about how long the training takes: a step is about 8 gradients of D's penalty."""
-    seconds = 0.0
-    for real in photo:
-        for _ in range(2):  # the first warms up
-            start = time.perf_counter()
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        for real in photo:
             penalty = pixel_penalty(D, real, -real, torch.tensor(0.5))
             torch.autograd.grad(penalty, D[0][0].weight)[0].sum().item()
-        seconds += time.perf_counter() - start
-    return timedelta(seconds=round(8 * args.niter * seconds))
+    return timedelta(seconds=round(8 * args.niter * (time.perf_counter() - start)))
 
 
 def train_consingan(args: Args) -> dict[str, float]:
@@ -1258,31 +1180,34 @@ def train_consingan(args: Args) -> dict[str, float]:
     """
     args, path = replace(args, total_steps=args.stages * args.niter), find_checkpoint(args)
     device, _, scaler = setup(args)
-    photo, resumed = load_pyramid(args), args.resume and path.exists()
-    step = torch.load(path, "cpu", weights_only=True)["progress"][0] if resumed else 0
+    photo = load_pyramid(args)
+    step = load(path, {})["progress"][0] if args.resume and path.exists() else 0
     torch.manual_seed(args.seed)
     nets = build_pyramid(args, photo, step, device)
     G, D = nets["G"], nets["D"]
+    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+
+    def optimizers() -> dict[str, torch.optim.Optimizer]:  # new ones for each stage
+        return {"g_opt": adam(G.groups(args), args.g_lr), "d_opt": adam(D.parameters(), args.d_lr)}
+
     sizes = ", ".join(f"{level.shape[2]}x{level.shape[3]}" for level in photo)
     total = estimate(args, D, [level.to(device) for level in photo])
     print(f"{args.image}: {args.niter} steps at each of {sizes}; about {total} in all")
     data = f"photograph-{zlib.crc32(to_pixels(photo[-1]).numpy().tobytes()):08x}"
-    run = Run(args, data, nets | stage_optimizers(args, G, D))
-    noise, scores, last_fifth = torch.Generator(device), {}, -(-args.niter * 4 // 5)
+    run, noise, scores = Run(args, data, nets | optimizers()), torch.Generator(device), {}
     while run.step < args.total_steps and not STOP:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
         stage, inner = divmod(run.step, args.niter)
         if stage == len(G.body):
             G.grow(partial(draw, torch.randn, noise))
-            run.parts |= stage_optimizers(args, G, D)
+            run.parts |= optimizers()
         g_opt, d_opt = run.parts["g_opt"], run.parts["d_opt"]
-        if inner == last_fifth:
+        if inner == -(-4 * args.niter // 5):  # from 80 % of the stage on
             for group in g_opt.param_groups + d_opt.param_groups:
                 group["lr"] *= 0.1
         real, fixed = G.stack("real")[-1], G.stack("z")
         z = G.noise(partial(draw, torch.randn, noise))
         fake, rec = G([torch.cat(pair) for pair in zip(z, fixed)]).split(1)
-
         both = torch.cat([real, fake.detach()])
         for _ in range(args.n_critic):
             real_logits, fake_logits = D(both).split(1)
@@ -1290,26 +1215,22 @@ def train_consingan(args: Args) -> dict[str, float]:
             penalty = pixel_penalty(D, real, fake.detach(), eps)
             d_loss = fake_logits.mean() - real_logits.mean() + 0.1 * penalty
             d_norm = update(d_opt, D, d_loss, scaler)
-
         rec_loss = F.mse_loss(rec, real)
         g_loss = 10 * rec_loss - D(fake).mean()
         g_norm = update(g_opt, G, g_loss, scaler)
         for _ in range(2):  # three steps on the same gradient, as the released code
             g_opt.step()
-
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/rec": rec_loss,
             "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-            **block_terms(g=G),
+            "grad/d_norm": d_norm, "grad/g_norm": g_norm, **block_terms(g=G),
         })  # fmt: skip
         ended = run.step % args.niter == 0
         if ended or run.due(args.sample_every):
             with torch.no_grad():
-                grid = [real, G(fixed)]  # the photograph, its reconstruction, samples
-            grid = [*map(to_pixels, grid), photo_samples(G, max(1, args.num_samples - 2))]
-            path = run.folder / f"samples/{run.step:07d}.png"
-            save_image(torch.cat(grid) / 255, path, nrow=math.isqrt(args.num_samples))
+                pair = to_pixels(torch.cat([real, G(fixed)]))  # the photograph, reconstructed
+            grid = torch.cat([pair, photo_samples(G, max(1, args.num_samples - 2))]) / 255
+            save_image(grid, run.folder / f"samples/{run.step:07d}.png", nrow=math.isqrt(len(grid)))
         if ended:
             scores = photo_scores(args, G)
             run.write({f"metric/{name}": value for name, value in scores.items()})

@@ -19,13 +19,12 @@ Differences from the paper
  2. "All positions" is read as in SAGAN's code and the authors': keys and values are max-pooled, a
     quarter of the memory. `--attn-block full` is the literal reading, of as many parameters.
  3. The last layer of G has tanh but no norm: SN is on four of the five deconvolutions of a and b.
-    The last layer of D has no norm but SN and no activation. Batch and layer norm leave out D's
-    first layer. No convolution has biases, and IN has no gains.
+    The last layer of D has no norm but SN and no activation, its first no batch or layer norm. No
+    convolution has biases, IN no gains.
  4. SN in the attention is not stated for a, b and d; the public code has it. Method c, "with IN
     without SN in D and G", has none there either (`--attn-sn` adds it).
- 5. Not stated, from WGAN-div or the public code: k = 2, p = 6, the slope at the images themselves
-    (WGAN-div's own is between them: `--div-points interp`), batch size, weights from
-    N(0, 0.02), LeakyReLU's 0.2.
+ 5. Not stated, from WGAN-div or the public code: k = 2, p = 6, slopes at the images themselves
+    (WGAN-div: between them, `--div-points interp`), batch size, N(0, 0.02), LeakyReLU's 0.2.
  6. The baselines have Table 1's networks and their own papers' settings. `--recipe author` is the
     public code's: a tenfold penalty, Adam's (0.5, 0.999), cross-entropy with labels of 0.9 in DCGAN
     and SNGAN, batch norm in WGAN-div's D, which mixes the slopes of a batch's samples.
@@ -111,17 +110,14 @@ class Args:
     # Model
     model: Literal["a", "b", "c", "d", "dcgan", "wgan-div", "sngan"] = "d"
     """row of the paper's tables"""
-    recipe: Literal["paper", "author"] = "paper"
-    """where the settings come from that the paper leaves open"""
+    recipe: Literal["paper", "author"] = "paper"  # source of what the paper leaves open
     z_dim: int = 100  # length of the noise vector (Table 1)
     g_ch: int = 64  # base width of the generator, in channels (Table 1)
     d_ch: int = 64  # base width of the discriminator, in channels (Table 1)
     g_norm: Norm = "in"  # norms in the hidden layers of G (Table 3)
     d_norm: Norm = "sn"  # norms in D: sn in all layers, the others in the hidden ones (Table 3)
-    attn: Literal["hidden", "all", "none"] = "hidden"
-    """layers of G that attention follows; all: the last too, before its tanh"""
-    attn_block: Literal["full", "pooled"] = "pooled"
-    """attention to all positions, or SAGAN's to 2x2 max-pooled keys and values"""
+    attn: Literal["hidden", "all", "none"] = "hidden"  # layers of G that attention follows
+    attn_block: Literal["full", "pooled"] = "pooled"  # its keys and values: all, or 2x2 maxima
     attn_sn: bool = True  # spectral norm in the attention
     # Optimisation
     batch_size: int = 64  # images per update, shared out over the processes
@@ -130,12 +126,10 @@ class Args:
     d_lr: float = 4e-4  # learning rate of the discriminator
     beta1: float = 0.0  # Adam's decay rate of the gradient's mean
     beta2: float = 0.9  # Adam's decay rate of the squared gradient's mean
-    loss: Literal["divergence", "hinge", "bce", "bce-0.9"] = "divergence"
-    """adversarial loss"""
+    loss: Literal["divergence", "hinge", "bce", "bce-0.9"] = "divergence"  # adversarial loss
     div_k: float = 2.0  # weight k of the divergence's penalty
     div_p: float = 6.0  # power p of the slope in the divergence's penalty
-    div_points: Literal["endpoints", "interp"] = "endpoints"
-    """where the slope is taken: at real and generated images, or between them"""
+    div_points: Literal["endpoints", "interp"] = "endpoints"  # slopes at images, or between them
     ema_decay: float = 0.0  # decay of the averaged generator; 0: none, as in the paper
     amp: Literal["auto", "off", "fp16", "bf16"] = "auto"
     """mixed precision; auto: bf16 where CUDA supports it, else fp16; off on the CPU"""
@@ -147,7 +141,7 @@ class Args:
 
 
 ADAM = {"beta1": 0.5, "beta2": 0.999}
-SAME = {"g_lr": 2e-4, "d_lr": 2e-4}
+BASELINE = {"attn": "none", "g_norm": "bn", "g_lr": 2e-4, "d_lr": 2e-4}
 AUTHOR = {"loss": "bce-0.9", "g_lr": 1e-4, "d_lr": 4e-4, "batch_size": 2048}
 DEFAULTS = {  # what a data set or a row changes; flags that are given win
     ("dataset", "folder"): {"channels": 3},
@@ -157,20 +151,13 @@ DEFAULTS = {  # what a data set or a row changes; flags that are given win
     ("model", "b"): {"g_norm": "sn", "d_norm": "sn"},  # 59.8766, 107.4283
     ("model", "c"): {"g_norm": "in", "d_norm": "in", "attn_sn": False},  # 101.1107, 153.7099
     ("model", "d"): {"g_norm": "in", "d_norm": "sn"},  # 55.6425, 100.8650
-    # Table 2, whose SAGAN-div is method d
-    ("model", "dcgan"): {  # 45.7734, 86.5129
-        "attn": "none", "g_norm": "bn", "d_norm": "bn", "loss": "bce",
-        "batch_size": 128, "n_critic": 1, **SAME, **ADAM,
-    },
-    ("model", "wgan-div"): {  # 83.1224, 104.1503
-        "attn": "none", "g_norm": "bn", "d_norm": "ln", "div_points": "interp",
-        "n_critic": 4, **SAME,
-    },
-    ("model", "sngan"): {  # 26.0231, 46.9646
-        "attn": "none", "g_norm": "bn", "d_norm": "sn", "loss": "hinge", **SAME,
-    },
+    # Table 2 (d is its SAGAN-div): 45.7734, 86.5129; 83.1224, 104.1503; 26.0231, 46.9646
+    ("model", "dcgan"): BASELINE | ADAM | {"d_norm": "bn", "loss": "bce", "n_critic": 1,
+                                           "batch_size": 128},
+    ("model", "wgan-div"): BASELINE | {"d_norm": "ln", "div_points": "interp", "n_critic": 4},
+    ("model", "sngan"): BASELINE | {"d_norm": "sn", "loss": "hinge"},
     # The public code
-    ("recipe", "author"): {"n_critic": 5, "div_points": "endpoints", "div_k": 20.0, **ADAM},
+    ("recipe", "author"): ADAM | {"n_critic": 5, "div_points": "endpoints", "div_k": 20.0},
     ("row", ("author", "c")): {"attn_sn": True},
     ("row", ("author", "dcgan")): AUTHOR,
     ("row", ("author", "sngan")): AUTHOR,
@@ -238,12 +225,9 @@ def sn(layer: nn.Module, enabled: bool = True) -> nn.Module:
 
 
 def gaussian(layer: nn.Module, spectral: bool) -> nn.Module:
-    """Draw a layer's weight from N(0, 0.02), then put it under spectral norm if `spectral`.
-
-    In this order: what is written to a weight under spectral norm is lost.
-    """
+    """Draw a layer's weight from N(0, 0.02); put it under spectral norm if `spectral`."""
     nn.init.normal_(layer.weight, std=0.02)
-    return sn(layer, spectral)
+    return sn(layer, spectral)  # last: under it a draw would be lost
 
 
 class Attention(nn.Module):
@@ -258,10 +242,7 @@ class Attention(nn.Module):
         super().__init__()
         pooled = args.attn_block == "pooled"
         inner, width = max(1, channels // 8), max(1, channels // 2) if pooled else channels
-
-        def conv(c_in: int, c_out: int) -> nn.Module:
-            return gaussian(nn.Conv2d(c_in, c_out, 1, bias=False), args.attn_sn)
-
+        conv = lambda *c: gaussian(nn.Conv2d(*c, 1, bias=False), args.attn_sn)  # noqa: E731
         self.query, self.key = conv(channels, inner), conv(channels, inner)
         self.value = conv(channels, width)
         self.pool = nn.MaxPool2d(2) if pooled else nn.Identity()
@@ -269,21 +250,19 @@ class Attention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Fused kernels never build the HW x HW softmax. They want rows of one width.
+
+        Zeros fill up q and k and leave their products as they are. PyTorch's scale is left out.
+        """
         query, key, value = self.query(x), self.pool(self.key(x)), self.pool(self.value(x))
-        # Fused kernels, which never build the HW x HW softmax, want rows of one width: zeros fill
-        # up q and k and leave their products as they are. PyTorch's own scale is another model.
-        fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
-        maps = F.pad(query, fill), F.pad(key, fill), value
-        rows = (m.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for m in maps)
-        seen = F.scaled_dot_product_attention(*rows, scale=1.0)  # (N, 1, HW, width)
-        seen = seen.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + self.gamma * self.out(seen)
+        rows = [maps.flatten(2).mT for maps in (query, key, value)]
+        rows = [F.pad(r, (0, value.shape[1] - r.shape[2]))[:, None].contiguous() for r in rows]
+        seen = F.scaled_dot_product_attention(*rows, scale=1.0)[:, 0]  # (N, HW, width)
+        return x + self.gamma * self.out(seen.mT.unflatten(2, x.shape[2:]))
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
-NORMS = {  # by the last part of --g-norm and --d-norm
-    "none": nn.Identity,
-    "sn": nn.Identity,  # it is of the weights: `gaussian`
+NORMS = {  # by the last part of --g-norm and --d-norm, else none: "sn" is of the weights
     "in": nn.InstanceNorm2d,  # no gains; the same in training and in eval mode
     "bn": nn.BatchNorm2d,
     "ln": partial(nn.GroupNorm, 1),  # over (C, H, W); gains per channel
@@ -303,11 +282,11 @@ class Generator(nn.Sequential):
 
     def __init__(self, args: Args) -> None:
         channels, layers = args.z_dim, [nn.Unflatten(1, (args.z_dim, 1, 1))]
-        *_, norm = args.g_norm.split("+")
+        norm = NORMS.get(args.g_norm.split("+")[-1], nn.Identity)
         for i, out in enumerate(widths(args, args.g_ch)):
             stride, padding = (2, 1) if i else (1, 0)
             conv = nn.ConvTranspose2d(channels, out, 4, stride, padding, bias=False)
-            layers += [gaussian(conv, "sn" in args.g_norm), NORMS[norm](out), nn.ReLU()]
+            layers += [gaussian(conv, "sn" in args.g_norm), norm(out), nn.ReLU()]
             layers += [Attention(out, args)] if args.attn != "none" else []
             channels = out
         conv = nn.ConvTranspose2d(channels, args.channels, 4, 2, 1, bias=False)
@@ -321,10 +300,10 @@ class Discriminator(nn.Sequential):
 
     def __init__(self, args: Args) -> None:
         channels, layers, spectral = args.channels, [], "sn" in args.d_norm
-        *_, norm = args.d_norm.split("+")
+        norm = NORMS.get(args.d_norm.split("+")[-1], nn.Identity)
         for i, out in enumerate(widths(args, args.d_ch)[::-1]):
             conv = nn.Conv2d(channels, out, 4, 2, 1, bias=False)
-            normalise = NORMS[norm if i or norm == "in" else "none"]
+            normalise = norm if i or norm is nn.InstanceNorm2d else nn.Identity
             layers += [gaussian(conv, spectral), normalise(out), nn.LeakyReLU(0.2)]
             channels = out
         conv = nn.Conv2d(channels, 1, 4, bias=False)
@@ -342,37 +321,24 @@ ADVERSARIAL = {
 }
 
 
-def score_and_slope(D: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scores D(x) (N,) and slopes ||grad D(x)||_2 (N,) of images x (N, C, H, W).
+def divergence(
+    D: nn.Module, real: Tensor, fake: Tensor, u: Tensor | None, k: float, p: float
+) -> tuple[Tensor, ...]:
+    """Return D's scores (N,) of real and of generated images, its slopes, the penalty; in fp32.
 
-    The norm is over all values of a sample; `norm`, unlike a root of squares, has a gradient at 0.
-    """
-    x = x.detach().requires_grad_()
-    scores = D(x)
-    # Of the sum: each sample's own gradient, as long as D has no batch norm.
-    (grad,) = torch.autograd.grad(scores.sum(), x, create_graph=True)
-    return scores, grad.flatten(1).norm(dim=1)
-
-
-def critic(D: nn.Module, real: Tensor, fake: Tensor, u: Tensor | None) -> tuple[Tensor, ...]:
-    """Return the scores (N,) of real and of generated images, and the slopes of D, in fp32.
-
-    The slopes are (2N,) at the images or, with u (N, 1, 1, 1), (N,) at x^ = x + u (x~ - x).
+    The slopes ||grad D(x^)||_2, over all values of a sample, are (2N,) at the images or, with u
+    (N, 1, 1, 1), (N,) at x^ = x + u (x~ - x). The penalty is k E slope^p: WGAN-GP would first
+    subtract 1 from the slope. D minimises it plus E D(x~) - E D(x).
     """
     with autocast(real.device.type, enabled=False):
-        if u is not None:
-            return D(real), D(fake), score_and_slope(D, real + u * (fake - real))[1]
-        real_scores, real_slopes = score_and_slope(D, real)
-        fake_scores, fake_slopes = score_and_slope(D, fake)
-        return real_scores, fake_scores, torch.cat([real_slopes, fake_slopes])
-
-
-def divergence_penalty(slopes: Tensor, k: float, p: float) -> Tensor:
-    """k E ||grad D(x^)||^p of the slopes, which WGAN-GP would first subtract 1 from.
-
-    D minimises it plus E D(x~) - E D(x). The sixth power of a slope of 6.4 is beyond fp16.
-    """
-    return k * slopes.pow(p).mean()
+        points = [real, fake] if u is None else [real, fake, real + u * (fake - real)]
+        points = [x.detach().requires_grad_() for x in points]
+        scores = [D(x) for x in points]
+        # Of the sum: each sample's own gradient, as long as D has no batch norm.
+        total, places = torch.cat(scores).sum(), points if u is None else points[2:]
+        grads = torch.autograd.grad(total, places, create_graph=True)
+        slopes = torch.cat(grads).flatten(1).norm(dim=1)  # unlike a root, it has a gradient at 0
+        return *scores[:2], slopes, k * slopes.pow(p).mean()
 
 
 # ---- 6. Data -------------------------------------------------------------------------------------
@@ -708,8 +674,7 @@ def compare_runs(args: Args) -> None:
     """Draw a grid of real images, then one of each run from equal noise (Figures 2 and 3)."""
     device, columns = setup(args)[0], []
     for folder in map(Path, args.runs):
-        best = folder / "best.pt"
-        path = best if best.exists() else folder / "checkpoint.pt"
+        path = next(folder.glob("best.pt"), folder / "checkpoint.pt")
         run = Args(**torch.load(path, "cpu", weights_only=True)["args"])
         nets, G = build(run, device)
         print(f"{path}: step {load(path, nets)['progress'][0]}")
@@ -718,6 +683,7 @@ def compare_runs(args: Args) -> None:
     real = load_images(run, device, run.channels)[0][: args.num_samples].cpu()
     grids = [make_grid(images / 255, math.isqrt(len(real))) for images in [real, *columns]]
     path = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{run.dataset}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_image(grids, path, nrow=len(grids), padding=8, pad_value=1)
     print(f"{path}: real, {', '.join(args.runs)}")
 
@@ -740,9 +706,8 @@ def train(args: Args) -> dict[str, float]:
     torch.manual_seed(args.seed)
     nets, shown = build(args, device)
     G, D = nets["G"], nets["D"]
-    adam = {"betas": (args.beta1, args.beta2), "fused": True}
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
+    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+    g_opt, d_opt = adam(G.parameters(), args.g_lr), adam(D.parameters(), args.d_lr)
     run = Run(args, file.parent.name, nets | {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler})
     data = batches(args, images, labels, device, run.step * args.n_critic)
     noise, n, scores = torch.Generator(device), args.batch_size, {}
@@ -757,8 +722,8 @@ def train(args: Args) -> dict[str, float]:
             penalty = slopes = torch.zeros((), device=device)
             if args.loss == "divergence":
                 u = draw(torch.rand, noise, n, 1, 1, 1) if args.div_points == "interp" else None
-                real_logits, fake_logits, slopes = critic(D, real, fake, u)
-                penalty = divergence_penalty(slopes, args.div_k, args.div_p)
+                found = divergence(D, real, fake, u, args.div_k, args.div_p)
+                real_logits, fake_logits, slopes, penalty = found
             else:
                 with amp:
                     real_logits, fake_logits = D(real).float(), D(fake).float()
@@ -770,10 +735,9 @@ def train(args: Args) -> dict[str, float]:
         if args.ema_decay:
             nets["ema"].update_parameters(G)
         run.log({
-            "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss,
+            "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "grad/d_norm": d_norm,
+            "grad/g_norm": g_norm, "slope/mean": slopes.mean(), "slope/max": slopes.max(),
             "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-            "slope/mean": slopes.mean(), "slope/max": slopes.max(),
             **{f"gamma/{i}": gamma for i, gamma in enumerate(gains, 1)},
         })  # fmt: skip
         if run.due(args.sample_every) and RANK == 0:

@@ -4,9 +4,8 @@
 # ///
 """Self-Attention in Deep Convolutional GANs, on Stanford Dogs (Levkovich, Avraham, Bar, Bachar).
 
-A DCGAN with self-attention in G and D, in one of them or in none: does attention help structure,
-and does FID see it? FID, then the loss of D, say when to stop. Unconditional, 64x64, one crop for
-each box that marks a dog.
+A DCGAN with self-attention in G and D, in one of them or in none: does it help structure, and does
+FID see that? FID, then the loss of D, say when to stop. Unconditional, 64x64, a crop for each box.
 
     python sagan_dogs.py --attention full                     # or none, no-g, no-d: the four runs
     python sagan_dogs.py --recipe sagan                       # SAGAN's training instead of DCGAN's
@@ -16,7 +15,7 @@ each box that marks a dog.
 
 Differences from the paper
  1. It states no recipe, only a "deep convolutional" GAN. Ours is DCGAN's: weights N(0, 0.02), batch
-    norm in G, Adam at 2e-4 with moments 0.5 and 0.999; and spectral norm (SN) in D, on every layer.
+    norm in G, Adam at 2e-4 with moments 0.5 and 0.999; and spectral norm (SN) on all layers of D.
     `--recipe sagan` is SAGAN's: SN in both nets, Adam at 1e-4 and 4e-4 with 0 and 0.9; Xavier.
  2. Our choices, as it states none: widths, depth, z of length 128, a slope of 0.1 in D, batches of
     64, one update of D for each of G, no labels, no mirroring.
@@ -25,12 +24,12 @@ Differences from the paper
  4. The loss that was run is not stated. Ours: Eqs. 1-3 with its non-saturating step of G.
  5. Full attention has 410,562 parameters more in D and 25,842 more in G than none: the comparison
     is not matched in parameters. All four start as the same function.
- 6. The stopping rule in numbers is ours: smoothing, tolerances, patience. Lower is better for both
-    signals; "improving" is not defined. A falling loss of D can also mean that D is winning.
- 7. All 22,126 boxes of all 20,580 images are cropped, the paper counts 20,580 (`--boxes first`),
-    and stretched to a square, as "crop, then resize" says.
- 8. FID is fid.py's, of 10,000 fakes and all reals, in eval mode; the paper prints neither its
-    counts nor one FID. Only orders and plateaus can be compared, with FIDs of equal counts.
+ 6. Smoothing, tolerances and patience of the stopping rule are ours. Lower is better for both
+    signals ("improving" is not defined); but a falling loss of D can also mean that D is winning.
+ 7. All 22,126 boxes of the images are cropped, the paper counts 20,580 (`--boxes first`), and
+    stretched to a square, as "crop, then resize" says.
+ 8. FID is fid.py's, of 10,000 fakes and all reals, in eval mode; the paper prints neither counts
+    nor one FID: compare orders and plateaus, and FIDs of equal counts.
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
@@ -47,6 +46,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
 from xml.etree import ElementTree
@@ -108,16 +108,14 @@ class Args:
     hflip: bool = False  # mirror half of the training images, drawn anew each time
     boxes: Literal["all", "first"] = "all"  # boxes of an image of Stanford Dogs that are cropped
     # Model
-    attention: Literal["full", "none", "no-g", "no-d"] = "full"
-    """self-attention in both networks, in none, not in G ("no generator"), not in D"""
+    attention: Literal["full", "none", "no-g", "no-d"] = "full"  # nets with it; no-g: D alone
     attn_g: tuple[int, ...] = (16, 32)  # sides of G's maps with attention: its last two
     attn_d: tuple[int, ...] = (8, 4)  # sides of D's maps with attention: its last two
     z_dim: int = 128  # length of the noise vector
     g_ch: int = 64  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
     # Optimisation
-    recipe: Literal["dcgan", "sagan"] = "dcgan"
-    """where the settings come from that the paper leaves open"""
+    recipe: Literal["dcgan", "sagan"] = "dcgan"  # source of what the paper leaves open
     init: Literal["normal", "xavier"] = "normal"  # initial weights: N(0, 0.02), or Xavier's uniform
     spectral_norm: Literal["d", "both", "none"] = "d"  # networks with it, then on every layer
     loss: Literal["ns", "minimax", "hinge"] = "ns"  # adversarial loss
@@ -138,10 +136,8 @@ class Args:
 
 
 DEFAULTS = {  # what a recipe or a size changes; flags that are given win
-    ("recipe", "sagan"): {
-        "init": "xavier", "spectral_norm": "both", "g_lr": 1e-4, "d_lr": 4e-4, "beta1": 0.0,
-        "beta2": 0.9,
-    },
+    ("recipe", "sagan"): {"init": "xavier", "spectral_norm": "both", "g_lr": 1e-4, "d_lr": 4e-4,
+                          "beta1": 0.0, "beta2": 0.9},
     ("img_size", 32): {"attn_g": (8, 16)},
     ("img_size", 128): {"attn_g": (32, 64)},
 }  # fmt: skip
@@ -227,33 +223,25 @@ class FusedSelfAttention(nn.Module):
 
     def attention_map(self, x: Tensor) -> Tensor:
         """Return A (N, HW, HW): row q says how much position q takes from each position."""
-        query, key = self.query(x).flatten(2), self.key(x).flatten(2)
-        return (query.transpose(1, 2) @ key).softmax(dim=-1)
+        return (self.query(x).flatten(2).mT @ self.key(x).flatten(2)).softmax(dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fused kernels never store A, of 256 MiB for 64 maps of 32x32.
 
         They want rows of one width: zeros fill up queries and keys and leave S as it is.
         """
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
-        maps = F.pad(query, fill), F.pad(key, fill), value
-        rows = (m.flatten(2).transpose(1, 2)[:, None].contiguous() for m in maps)
-        out = F.scaled_dot_product_attention(*rows, scale=1.0)
-        return x + self.gamma * out[:, 0].transpose(1, 2).view_as(x)
+        rows = [conv(x).flatten(2).mT for conv in (self.query, self.key, self.value)]
+        rows = [F.pad(row, (0, x.shape[1] - row.shape[2]))[:, None].contiguous() for row in rows]
+        out = F.scaled_dot_product_attention(*rows, scale=1.0)[:, 0]
+        return x + self.gamma * out.mT.view_as(x)
 
 
 def init_layer(layer: nn.Module, args: Args, net: str) -> nn.Module:
-    """Draw a convolution's weights; put it under spectral norm if net "g" or "d" has it.
-
-    In this order: what is written to a weight under spectral norm is lost.
-    """
-    if args.init == "normal":
-        nn.init.normal_(layer.weight, std=0.02)
-    else:
-        nn.init.xavier_uniform_(layer.weight)
+    """Draw a convolution's weights; put it under spectral norm if net "g" or "d" has it."""
+    inits = {"normal": partial(nn.init.normal_, std=0.02), "xavier": nn.init.xavier_uniform_}
+    inits[args.init](layer.weight)
     nn.init.zeros_(layer.bias)
-    return sn(layer, args.spectral_norm in (net, "both"))
+    return sn(layer, args.spectral_norm in (net, "both"))  # last: under it a draw would be lost
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
@@ -268,8 +256,7 @@ def attention(args: Args, net: str, side: int, channels: int) -> nn.Module:
     Its weights come from a stream of their own: the other layers start the same with and without
     it, so as gamma is 0, the four ablations start as the same function.
     """
-    sides = {"g": args.attn_g, "d": args.attn_d}[net]
-    if args.attention in ("none", f"no-{net}") or side not in sides:
+    if args.attention in ("none", f"no-{net}") or side not in vars(args)[f"attn_{net}"]:
         return nn.Identity()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(args.seed, 4, side, net == "g"))
@@ -314,12 +301,9 @@ class Discriminator(nn.Sequential):
 # ---- 5. Losses -----------------------------------------------------------------------------------
 # (D real, D fake, G) losses as functions of the logit s; their means over the batch are minimised.
 # D(x) = sigmoid(s), so softplus(-s) = -log D(x) and softplus(s) = -log(1 - D(x)).
-ADVERSARIAL = {
-    # Eqs. 1-3, with the step of G that the paper adopts: maximise log D(G(z))
-    "ns": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: F.softplus(-s)),
-    # Eq. 1 to the letter: minimise log(1 - D(G(z)))
-    "minimax": (lambda s: F.softplus(-s), lambda s: F.softplus(s), lambda s: -F.softplus(s)),
-    # SAGAN's
+ADVERSARIAL = {  # ns: Eqs. 1-3 with the paper's step of G, maximise log D(G(z)); minimax: Eq. 1
+    "ns": (lambda s: F.softplus(-s), F.softplus, lambda s: F.softplus(-s)),
+    "minimax": (lambda s: F.softplus(-s), F.softplus, lambda s: -F.softplus(s)),
     "hinge": (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s),
 }
 
@@ -351,25 +335,8 @@ def open_image(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-DOGS_URL = "http://vision.stanford.edu/aditya86/ImageNetDogs"
-BOX_KEYS = "xmin", "ymin", "xmax", "ymax"
-
-
-def read_boxes(path: Path) -> list[tuple[int, int, int, int]]:
-    """Read the boxes (left, top, right, bottom) of an annotation of Stanford Dogs.
-
-    Its corners are 0-based and inclusive. Its size, folder and file name are not reliable.
-    """
-    try:
-        marks = ElementTree.parse(path).findall("object/bndbox")
-        corners = [[int(mark.find(key).text) for key in BOX_KEYS] for mark in marks]
-    except Exception as error:  # a missing file, no XML, no numbers
-        raise OSError(f"cannot read {path}: {error}") from error
-    return [(left, top, right + 1, bottom + 1) for left, top, right, bottom in corners]
-
-
 def read_crop(path: Path, box: tuple[int, int, int, int], size: int) -> Image.Image:
-    """Read the part of an image that lies in a box, stretched to size x size.
+    """Read an image's part in a box (left, top, right, bottom), stretched to size x size.
 
     Not by open_image: boxes are in stored pixels, before any rotation that EXIF asks for.
     """
@@ -383,25 +350,30 @@ def read_crop(path: Path, box: tuple[int, int, int, int], size: int) -> Image.Im
 
 
 def open_dogs(args: Args, root: Path) -> tuple[Callable, list[int], list[tuple]]:
-    """Return what `open_dataset` does of Stanford Dogs: a crop for each box, breeds as labels.
+    """Return what `open_dataset` does of Stanford Dogs: a crop for each box, no labels.
 
-    An image and its annotation belong together by their paths, breed/name.jpg and breed/name.
+    An image and its annotation belong together by their paths, breed/name.jpg and breed/name; the
+    size, folder and file name in an annotation are not reliable.
     """
-    trees = []
+    trees, crops = [], []
     for name in ("Images", "Annotation"):  # or deeper: images/Images, annotations/Annotation
         trees += [*root.glob(name), *root.glob(f"*/{name}")][:1]
     if len(trees) < 2:
-        hint = f"extract images.tar and annotation.tar of {DOGS_URL} there"
-        raise OSError(f"--data-dir must hold Images and Annotation, got {root}: {hint}")
+        hint = "images.tar and annotation.tar of http://vision.stanford.edu/aditya86/ImageNetDogs"
+        raise OSError(f"--data-dir must hold Images and Annotation, got {root}: extract {hint}")
     images = fid.image_files(trees[0])
     notes = [trees[1] / image.parent.name / image.stem for image in images]
-    crops = [(image, box) for image, note in zip(images, notes)
-             for box in read_boxes(note)[: 1 if args.boxes == "first" else None]]  # fmt: skip
-    breeds = {name: i for i, name in enumerate(sorted({file.parent.name for file, _ in crops}))}
-    print(f"{len(crops)} boxes of {len(images)} images, {len(breeds)} breeds")
+    corners = {"xmin": 0, "ymin": 0, "xmax": 1, "ymax": 1}  # the last pixel lies in the box
+    for image, note in zip(images, notes):
+        try:
+            marks = ElementTree.parse(note).findall("object/bndbox")
+            boxes = [[int(mark.find(k).text) + add for k, add in corners.items()] for mark in marks]
+        except Exception as error:  # a missing file, no XML, no numbers
+            raise OSError(f"cannot read {note}: {error}") from error
+        crops += [(image, box) for box in boxes[: 1 if args.boxes == "first" else None]]
+    print(f"{len(crops)} boxes of {len(images)} images, {len({i.parent for i in images})} breeds")
     stats = [(file.name, (s := file.stat()).st_size, s.st_mtime_ns) for file in images + notes]
-    labels = [breeds[file.parent.name] for file, _ in crops]
-    return lambda i: read_crop(*crops[i], args.img_size), labels, stats
+    return lambda i: read_crop(*crops[i], args.img_size), [0] * len(crops), stats
 
 
 # differs from giu_gan.py: the data sets are this paper's
@@ -646,11 +618,10 @@ def stopping_rule(
     one of more than `tol`; `patience` rows without gain, the first three aside, make a plateau.
 
     Return the steps t_fid (last gain of FID), t_det (its plateau is seen), t_best (last gain of D's
-    loss: the checkpoint to take), None where not reached; t_stop, and why there: plateau, or
-    cap_fid or cap_dloss for the phase in which the rows end.
+    loss: the checkpoint to take), t_stop, None where not reached; and the reason: plateau, or the
+    phase in which the rows end, cap_fid or cap_dloss.
     """
-    found = dict.fromkeys(("t_fid", "t_det", "t_best", "t_stop"))
-    best, waited = math.inf, 0
+    found, best, waited = dict.fromkeys(("t_fid", "t_det", "t_best", "t_stop")), math.inf, 0
     for i, (step, _, _) in enumerate(rows):
         score = np.median([row[1] for row in rows[max(0, i + 1 - fid_window) : i + 1]])
         d_loss = np.mean([row[2] for row in rows[max(0, i + 1 - d_window) : i + 1]])
@@ -669,30 +640,21 @@ def stopping_rule(
     return found | {"reason": "cap_dloss" if found["t_det"] else "cap_fid"}
 
 
-class History:
-    """The stopping rule's rows: a part of the checkpoint, of Python numbers."""
+class History(dict):
+    """The stopping rule's rows, and the sum and count of D's losses since the last of them."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, float, float]] = []
-        self.sum, self.count = 0.0, 0  # of D's losses since the last row
+    load_state_dict = dict.update
 
-    def add(self, d_loss: Tensor) -> None:
-        """Add a step's loss of D, on its device."""
-        self.sum, self.count = self.sum + d_loss.detach(), self.count + 1
+    def state_dict(self) -> dict[str, Any]:
+        return self | {"sum": float(self["sum"])}
 
     def close(self, step: int, score: float) -> None:
         """Append the row of an evaluation, the same in all processes."""
-        mean = self.sum / self.count
+        mean = self["sum"] / self["count"]
         if WORLD > 1:
             dist.all_reduce(mean)
-        self.rows.append((step, score, mean.item() / WORLD))
-        self.sum, self.count = 0.0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"sum": float(self.sum)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self["rows"].append((step, score, mean.item() / WORLD))
+        self.update(sum=0.0, count=0)
 
 
 def build(args: Args, device: torch.device) -> tuple[dict[str, nn.Module], nn.Module]:
@@ -749,36 +711,26 @@ def evaluate(args: Args) -> dict[str, float]:
     return scores
 
 
-def attention_maps(G: nn.Module, z: Tensor) -> list[Tensor]:
-    """Return A (N, HW, HW) of each attention block of G, in order, for noise z (N, z_dim)."""
-    blocks, maps = [m for m in G.modules() if isinstance(m, FusedSelfAttention)], []
-    keep = lambda block, x, _: maps.append(block.attention_map(x[0]).cpu())  # noqa: E731
-    hooks = [block.register_forward_hook(keep) for block in blocks]
-    generate(G, z)
-    for hook in hooks:
-        hook.remove()
-    return maps
+@torch.no_grad()
+def draw_attention(G: nn.Sequential, z: Tensor, query: tuple) -> Tensor:
+    """Return the cells of Figure 2: for each image and block a row, the image and its queries.
 
-
-def attention_cells(images: Tensor, maps: list[Tensor], query: tuple) -> Tensor:
-    """Return the cells of Figure 2: for each image and map a row, the image and its queries.
-
-    images (N, 3, S, S) in [0, 1]; maps of A (N, HW, HW); query: Q places y, x in 64ths of the side
-    -> cells (N * maps * (1 + Q), 3, 128, 128). The red dot takes the more from a place the brighter
-    that is.
+    z (N, z_dim); query: Q places y, x in 64ths of the side -> (N * blocks * (1 + Q), 3, 128, 128)
+    in [0, 1], no cells without attention. The brighter a place, the more the red dot takes of it.
     """
-    cells, images, red = [], F.interpolate(images, 128), torch.eye(3)[0, :, None, None]
-    for n, image in enumerate(images):
-        for attn in (attn[n] for attn in maps):
-            side = math.isqrt(len(attn))
-            cells.append(image)
+    images = F.interpolate(generate(G, z).cpu() / 255, 128)
+    cells, maps, red = [], z.to(next(G.parameters()).device), torch.eye(3)[0, :, None, None]
+    for layer in G.eval():
+        if isinstance(layer, FusedSelfAttention):
+            attn, side = layer.attention_map(maps).cpu(), maps.shape[3]
+            cells.append(images)
             for y, x in query:
-                heat = attn[y * side // 64 * side + x * side // 64].view(1, 1, side, side)
-                heat = F.interpolate(heat, 128, mode="bilinear")[0] / heat.max()
-                cell = 0.3 * image + 0.7 * heat
-                cell[:, 2 * y : 2 * y + 4, 2 * x : 2 * x + 4] = red
-                cells.append(cell)
-    return torch.stack(cells)
+                heat = attn[:, y * side // 64 * side + x * side // 64].view(-1, 1, side, side)
+                heat = F.interpolate(heat, 128, mode="bilinear") / heat.amax((2, 3), keepdim=True)
+                cells.append(0.3 * images + 0.7 * heat)
+                cells[-1][..., 2 * y : 2 * y + 4, 2 * x : 2 * x + 4] = red
+        maps = layer(maps)
+    return torch.stack(cells, 1).flatten(0, 1)
 
 
 def sample(args: Args) -> None:
@@ -787,11 +739,10 @@ def sample(args: Args) -> None:
         return compare_attention(args)
     device, path = setup(args)[0], find_checkpoint(args)
     nets, G = build(args, device)
-    step = load(path, nets)["progress"][0]
-    images = generate(G, eval_noise(args, args.num_samples)).cpu() / 255
-    write_images(path.parent / f"generated/{step}", images)
-    if maps := attention_maps(G, eval_noise(args, args.num_samples)[:4]):
-        cells = attention_cells(images[:4], maps, args.query)
+    step, z = load(path, nets)["progress"][0], eval_noise(args, args.num_samples)
+    write_images(path.parent / f"generated/{step}", generate(G, z).cpu() / 255)
+    if args.attn_g and args.attention in ("full", "no-d"):
+        cells = draw_attention(G, z[:4], args.query)
         save_image(cells, path.with_name("attention.png"), nrow=1 + len(args.query))
 
 
@@ -809,6 +760,7 @@ def compare_attention(args: Args) -> None:
             load(run / name, nets)
             rows.append(generate(G, eval_noise(flags, 8)))
         path = Path(args.out_dir, f"compare-{name}").expanduser().with_suffix(".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_image(torch.cat(rows) / 255, path, nrow=8)
         print(f"{path}: a row each for {', '.join(run.name for run in runs)}")
 
@@ -830,20 +782,18 @@ def train(args: Args) -> dict[str, float]:
     images, labels, file = load_images(args, device)
     torch.manual_seed(args.seed)
     nets, shown = build(args, device)
-    G, D, history = nets["G"], nets["D"], History()
-    adam = {"betas": (args.beta1, args.beta2), "fused": True}
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, **adam)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, **adam)
+    G, D, history = nets["G"], nets["D"], History(rows=[], sum=0.0, count=0)
+    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+    g_opt, d_opt = adam(G.parameters(), args.g_lr), adam(D.parameters(), args.d_lr)
     parts = {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler, "history": history}
     run = Run(args, file.parent.name, nets | parts)
     data = batches(args, images, labels, device, run.step * args.n_critic)
     noise, n, scores = torch.Generator(device), args.batch_size, {}
     d_real, d_fake, g_fake = ADVERSARIAL[args.loss]
-    gammas = {f"gamma/{key}.{name}": p for key, net in (("G", G), ("D", D))
-              for name, p in net.named_parameters() if name.endswith("gamma")}  # fmt: skip
-    found = stopping_rule(history.rows)
-    stopped = args.early_stop and found["reason"] == "plateau"
-    while run.step < args.total_steps and not STOP and not stopped:
+    learned = nn.ModuleDict({"G": G, "D": D}).named_parameters()
+    gammas = {f"gamma/{name}": p for name, p in learned if name.endswith("gamma")}
+    found, end = stopping_rule(history["rows"]), "plateau" if args.early_stop else ""
+    while run.step < args.total_steps and not STOP and found["reason"] != end:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
         for _ in range(args.n_critic):
             real, _ = next(data)
@@ -858,33 +808,30 @@ def train(args: Args) -> dict[str, float]:
         g_norm = update(g_opt, G, g_loss, scaler)
         if args.ema_decay:
             nets["ema"].update_parameters(G)
-        history.add(d_loss)
+        history.update(sum=history["sum"] + d_loss.detach(), count=history["count"] + 1)
         run.log({
-            "loss/d": d_loss, "loss/g": g_loss, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm, **gammas,
+            "loss/d": d_loss, "loss/g": g_loss, "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(), **gammas,
         })  # fmt: skip
-        milestone = run.step in args.milestones
-        if (run.due(args.sample_every) or milestone) and RANK == 0:
+        if (run.due(args.sample_every) or run.step in args.milestones) and RANK == 0:
             grid = generate(shown, eval_noise(args, args.num_samples)) / 255
             save_image(grid, run.folder / f"samples/{run.step:07d}.png", nrow=math.isqrt(len(grid)))
         if run.due(args.eval_every):
             scores = score(args, inception, shown, images, file)
             run.write({f"metric/{name}": value for name, value in scores.items()})
             history.close(run.step, scores["fid"])
-            found = stopping_rule(history.rows)
-            stopped = args.early_stop and found["reason"] == "plateau"
+            found = stopping_rule(history["rows"])
             if scores["fid"] < run.best[0]:
                 run.best = scores["fid"], run.step
                 run.save("best.pt")
             for name in ("t_fid", "t_best"):
                 if found[name] == run.step:
                     run.save(f"{name}.pt")
-        if milestone:
+        if run.step in args.milestones:
             run.save(f"step-{run.step:07d}.pt")
         if run.due(args.save_every):
             run.save("checkpoint.pt")
-    if STOP or stopped:
+    if STOP or found["reason"] == end:
         run.save("checkpoint.pt")
     best = f", lowest FID {run.best[0]:.6g} at step {run.best[1]}" if run.best[1] else ""
     print(f"{run.folder}: step {run.step}{best}")

@@ -230,6 +230,17 @@ def test_batches_are_a_function_of_seed_and_number():
     assert real.dtype == torch.float32 and torch.equal(real, images[y].float() / 127.5 - 1)
 
 
+def test_hflip_mirrors_half_of_the_images_anew_in_each_epoch():
+    images = torch.arange(64 * 12).view(64, 1, 3, 4).to(torch.uint8)
+    epochs, mirrored = stream(images, count=2, batch_size=64, hflip=True), []
+    for real, y in epochs:
+        plain = images[y].float() / 127.5 - 1
+        flipped = torch.tensor([not torch.equal(a, b) for a, b in zip(real, plain)])
+        assert torch.equal(real, torch.where(flipped[:, None, None, None], plain.flip(3), plain))
+        mirrored.append(set(y[flipped].tolist()))
+    assert all(16 < len(found) < 48 for found in mirrored) and mirrored[0] != mirrored[1]
+
+
 def test_processes_share_a_batch_out(monkeypatch):
     images, parts = torch.zeros(16, 3, 4, 4, dtype=torch.uint8), []
     together = [y for _, y in stream(images)]
@@ -245,7 +256,8 @@ def test_uint8_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     G = torch.nn.Sequential(torch.nn.Identity())
     G.scale = torch.nn.Parameter(torch.ones(()))  # generate() asks a parameter for the device
-    assert torch.equal(giu_gan.generate(G, levels.float() / 127.5 - 1), levels)
+    for off in (-0.4, 0, 0.4):  # rounded, not cut
+        assert torch.equal(giu_gan.generate(G, (levels.float() + off) / 127.5 - 1), levels)
 
 
 def test_fid_real_spreads_over_the_whole_data_set(monkeypatch):

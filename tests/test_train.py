@@ -30,7 +30,7 @@ def step(folder: Path, name: str = "checkpoint.pt") -> int:
 
 @every_script
 def test_a_resumed_run_is_the_whole_run_bit_for_bit(script, call, tiny):
-    flags = "--log-every 3" + " --ema-decay 0.9" * (script != "an_inpaint")
+    flags = "--log-every 3 --n-critic 2" + " --ema-decay 0.9" * (script != "an_inpaint")
     assert call(script, *tiny(script, f"{flags} --out-dir whole"))[0] == 0
     assert call(script, *tiny(script, f"{flags} --total-steps 2"))[0] == 0
     code, out, err = call(script, *tiny(script, f"{flags} --resume"))
@@ -308,6 +308,16 @@ def test_noise_depends_on_seed_step_and_stream():
     seeds = {giu_gan.seed_of(*key) for key in [(1, 1, 0), (1, 1, 1), (2, 1, 0), (1, 3, 0, 1),
                                                (1, 3, 0, 2), (2**31 + 1, 1, 0)]}  # fmt: skip
     assert len(seeds) == 6 and max(seeds) < 2**32  # the CPU reads the low 32 bits only
+
+
+@every_script
+def test_every_step_draws_noise_of_its_own(script, call, tiny, monkeypatch):
+    module, drawn = importlib.import_module(script), []
+    plain = module.draw
+    monkeypatch.setattr(module, "draw", lambda *args: drawn.append(plain(*args)) or drawn[-1])
+    assert call(script, *tiny(script))[0] == 0
+    values = [x.flatten()[0].item() for x in drawn if x.is_floating_point()]
+    assert len(set(values)) == len(values) >= 4
 
 
 def test_processes_draw_shares_of_the_same_noise(monkeypatch):
