@@ -197,6 +197,17 @@ def test_every_parameter_gets_a_finite_gradient(flags):
             assert parameter.grad.abs().max() > 0, name
 
 
+def test_the_second_stage_sees_the_image_filled_by_the_first():
+    G, (image, mask) = Generator(Args(**SMALL)).eval(), example(2, 3, 64, 64)
+    seen = []
+    for branch in (G.branch_a, G.branch_b):
+        branch.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    coarse = G(image, mask)[0]
+    ones = torch.ones_like(mask)
+    filled = torch.cat([coarse * mask + image * (1 - mask), ones, mask], dim=1)
+    assert len(seen) == 2 and all(torch.equal(x, filled) for x in seen)
+
+
 def test_the_local_critic_sees_each_images_own_box():
     D, image = Discriminator(Args(**SMALL, box=24)), torch.rand(2, 3, 64, 64, requires_grad=True)
     box = torch.tensor([[0, 40], [33, 5]])

@@ -320,6 +320,14 @@ def test_every_step_draws_noise_of_its_own(script, call, tiny, monkeypatch):
     assert len(set(values)) == len(values) >= 4
 
 
+@pytest.mark.parametrize("script", ["giu_gan", "an_gan", "an_inpaint"])
+def test_every_step_seeds_dropout_and_self_sampling(script, call, tiny, monkeypatch):
+    seeds, plain = set(), torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.add(seed) or plain(seed))
+    assert call(script, *tiny(script))[0] == 0
+    assert len(seeds) == 5  # that of the weights, and one for each of 4 steps
+
+
 def test_processes_draw_shares_of_the_same_noise(monkeypatch):
     import giu_gan
 
