@@ -4,11 +4,10 @@
 # ///
 """Attentive Normalization for Conditional Image Generation (Wang et al., CVPR 2020), class labels.
 
-Learned filters split a feature map softly into n regions; each region is normalised by its own
-statistics, the regions are blended and added back (attentive normalization, AN). The module takes
-the place of self-attention at a cost linear in the pixels. Hinge GAN with spectral norm (SN),
-conditional batch norm in G and a projection D, with the baselines of Table 1: AC-GAN, SN-GAN
-(SN in D only), SN-GAN* (in both networks), SA-GAN.
+Learned filters split a feature map softly into n regions; each is normalised by its own statistics,
+and their blend is added back (attentive normalization, AN), in place of self-attention, at a cost
+linear in the pixels. Hinge GAN with spectral norm (SN), conditional batch norm in G, projection in
+D. Baselines of Table 1: AC-GAN, SN-GAN (SN in D only), SN-GAN* (in both networks), SA-GAN.
 
     python an_gan.py --dataset imagenet --data-dir imagenet      # Table 1, AN, ImageNet 128x128
     python an_gan.py --dataset cifar10 --model sagan             # self-attention, CIFAR-10
@@ -17,8 +16,8 @@ conditional batch norm in G and a projection D, with the baselines of Table 1: A
         --classes 825 974 979 991 14 141 247 282                 # Table 2
 
 Differences from the paper
- 1. The layers stand in a supplement that was not at hand. The networks are those of the bases that
-    the paper names, SAGAN and SNGAN-projection, with five blocks in D as its text says.
+ 1. The supplement with the layers was not at hand: the networks are those of the bases that the
+    paper names, SAGAN and SNGAN-projection, with five blocks in D as its text says.
  2. Statistics of a region are weighted by its mask: instance norm where the layout is uniform, that
     of the region where it is 0/1. Eq. 5 as printed (`--an-reading literal`) is neither.
  3. A 1x1 convolution of the features is normalised, as in Figure 2; Eq. 5 has none.
@@ -27,8 +26,8 @@ Differences from the paper
  5. Not stated: the weight of the orthogonality (1e-3; 2e-4 in the authors' code for inpainting),
     the max-pool of the keys (2x2), biases, orthonormal entity filters at the start. These are not
     under SN, which would hide their scale. Positions are drawn for each image, all different.
- 6. With such filters and tau = 0.1 the layout is nearly uniform at first (entropy 0.9994 of ln n):
-    AN starts as plain instance norm. `an/entropy_g` in the log shows whether it leaves that state.
+ 6. So the layout is nearly uniform at first (entropy 0.9994 of ln n): AN starts as plain instance
+    norm. `an/entropy_g` in the log shows whether it leaves that state.
  7. Not stated: Xavier-uniform weights, one D step, no mirroring, no average of the weights. SN-GAN
     and AC-GAN have the rates and the five D steps of SNGAN-projection, but not its decay.
  8. Labels of generated images are as frequent as in the data. Before images are drawn, batch norm's
@@ -40,7 +39,6 @@ Differences from the paper
 # ---- 1. Imports ----------------------------------------------------------------------------------
 import copy
 import itertools
-import itertools
 import json
 import math
 import os
@@ -51,7 +49,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -91,7 +89,7 @@ class Args:
     resume: bool = False  # resume from this run's checkpoint if there is one
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
-    total_steps: int = 880_000  # generator updates to train for (Table 1)
+    total_steps: int = 1_000_000  # generator updates to train for (Table 1)
     log_every: int = 100  # steps between lines of the log; the last step counts for each interval
     sample_every: int = 5_000  # steps between sample grids; 0: none
     eval_every: int = 20_000  # steps between evaluations; 0: none
@@ -136,14 +134,13 @@ class Args:
     """mixed precision; auto: bf16 where CUDA supports it, else fp16; off on the CPU"""
 
 
-SNGAN = {"total_steps": 1_000_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta2": 0.9, "n_critic": 5}
+SNGAN = {"g_lr": 2e-4, "d_lr": 2e-4, "beta2": 0.9, "n_critic": 5}
 SMALL = {
     "img_size": 32, "batch_size": 64, "total_steps": 100_000, "g_lr": 2e-4, "d_lr": 2e-4,
     "hflip": True, "ema_decay": 0.999,
 }  # fmt: skip
 DEFAULTS = {  # what a row or a data set changes; flags that are given win
-    ("model", "sngan-star"): {"total_steps": 1_000_000},
-    ("model", "sagan"): {"total_steps": 1_000_000},
+    ("model", "an"): {"total_steps": 880_000},
     ("model", "sngan"): SNGAN,
     ("model", "acgan"): SNGAN,
     ("dataset", "imagenet"): {"num_classes": 1000},
@@ -184,7 +181,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    batch, size, n, intra = args.batch_size, args.img_size, args.entities, args.intra_num
+    batch, size, entities, intra = args.batch_size, args.img_size, args.entities, args.intra_num
     yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     there = path.exists() or (training and not args.checkpoint)
@@ -192,11 +189,11 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
     yield size in (32, 64, 128), f"--img-size must be 32, 64 or 128, got {size}"
-    yield 0 < n <= 256, f"--entities must be from 1 to 256, got {n}"
+    yield 0 < entities <= 256, f"--entities must be from 1 to 256, got {entities}"
     yield intra == 0 or intra >= 10, f"--intra-num must be 0 or at least 10, got {intra}"
-    known = args.num_classes or math.inf  # of a folder they are counted later
-    inside = all(0 <= label < known for label in args.classes)
-    yield inside, f"--classes must be from 0 to {known - 1}, got {args.classes}"
+    known = range(args.num_classes or 2**31)  # of a folder they are counted later
+    inside = all(label in known for label in args.classes)
+    yield inside, f"--classes must be from 0 to {known.stop - 1}, got {args.classes}"
 
 
 # ---- 3. Layers -----------------------------------------------------------------------------------
@@ -217,7 +214,7 @@ def sn(layer: nn.Module, enabled: bool = True) -> nn.Module:
 
 
 class ConditionalBatchNorm2d(nn.Module):
-    """Batch norm with the scale and shift of a class (SNGAN-projection): (N, C, H, W), as x.
+    """Batch norm with the scale and shift of a class (SNGAN-projection): (N, C, H, W), y -> same.
 
     y is class indices (N,), or weights (N, K) that mix the classes (Figure 8).
     """
@@ -229,10 +226,9 @@ class ConditionalBatchNorm2d(nn.Module):
         self.beta = nn.Parameter(torch.zeros(classes, channels))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self.norm(x)
         pick = torch.matmul if y.is_floating_point() else F.embedding
-        gamma, beta = (pick(y, table).to(x.dtype) for table in (self.gamma, self.beta))
-        return torch.addcmul(beta[:, :, None, None], x, gamma[:, :, None, None])
+        gamma, beta = (pick(y, t).to(x.dtype)[..., None, None] for t in (self.gamma, self.beta))
+        return torch.addcmul(beta, self.norm(x), gamma)
 
 
 class AttentiveNorm(nn.Module):
@@ -333,21 +329,17 @@ class PooledAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        inner, half = max(1, channels // 8), max(1, channels // 2)
-        self.query = nn.Conv2d(channels, inner, 1, bias=False)
-        self.key = nn.Conv2d(channels, inner, 1, bias=False)
-        self.value = nn.Conv2d(channels, half, 1, bias=False)
-        self.out = nn.Conv2d(half, channels, 1, bias=False)
+        conv, inner = partial(nn.Conv2d, kernel_size=1, bias=False), max(1, channels // 8)
+        self.query, self.key = conv(channels, inner), conv(channels, inner)
+        self.value, self.out = conv(channels, channels // 2), conv(channels // 2, channels)
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fused kernels never store the attention map (N, HW, HW / 4), rows of which sum to 1.
-
-        They want rows of one width: zeros fill up queries and keys and leave the logits alone.
-        """
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
-        fill = [0, 0, 0, 0, 0, value.shape[1] - query.shape[1]]
+        query = self.query(x)
+        key, value = (F.max_pool2d(f(x), 2) for f in (self.key, self.value))
+        # Fused kernels never store the map (N, HW, HW / 4), but want queries and keys as wide as
+        # the values: zeros fill them up and leave the logits alone.
+        fill = [0, 0, 0, 0, 0, value.shape[1] - key.shape[1]]
         maps = F.pad(query, fill), F.pad(key, fill), value
         rows = (m.flatten(2).transpose(1, 2)[:, None].contiguous() for m in maps)
         out = F.scaled_dot_product_attention(*rows, scale=1.0)[:, 0].transpose(1, 2)
@@ -356,25 +348,18 @@ class PooledAttention(nn.Module):
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
 def init_network(net: nn.Module, enabled: bool = True) -> None:
-    """Give all layers but AN's entity filters Xavier weights, zero biases and spectral norm.
-
-    In this order: what is written to a weight under spectral norm is lost.
-    """
+    """Give all layers but AN's entity filters Xavier weights, zero biases and spectral norm."""
     for name, layer in list(net.named_modules()):
-        filters = isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding))
-        if filters and not name.endswith("entity"):
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.Embedding)) and "entity" not in name:
             nn.init.xavier_uniform_(layer.weight)
             if getattr(layer, "bias", None) is not None:
                 nn.init.zeros_(layer.bias)
-            sn(layer, enabled)
+            sn(layer, enabled)  # last: what is written to a weight under spectral norm is lost
     net.to(memory_format=torch.channels_last)  # faster on CPUs and under mixed precision
 
 
 class UpBlock(nn.Module):
-    """Residual block of G that doubles the size: (N, c_in, H, W), y -> (N, c_out, 2H, 2W).
-
-    An AN module takes the place of the second conditional batch norm.
-    """
+    """Residual block of G: (N, c_in, H, W), y -> (N, c_out, 2H, 2W); `an`: norm2 is AN."""
 
     def __init__(self, c_in: int, c_out: int, args: Args, an: bool) -> None:
         super().__init__()
@@ -386,33 +371,29 @@ class UpBlock(nn.Module):
         self.shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = F.relu(self.norm1(x, y))
-        h = self.conv1(F.interpolate(h, scale_factor=2))
-        h = self.an(h) if self.an else self.norm2(h, y)
-        h = self.conv2(F.relu(h))
+        h = self.conv1(F.interpolate(F.relu(self.norm1(x, y)), scale_factor=2))
+        h = self.conv2(F.relu(self.an(h) if self.an else self.norm2(h, y)))
         # A 1x1 convolution and nearest upsampling commute: a quarter of the work in this order.
         return h + F.interpolate(self.shortcut(x), scale_factor=2)
 
 
 class DownBlock(nn.Module):
-    """Residual block of D: (N, c_in, H, W) -> (N, c_out, H/2, W/2), or of the same size.
+    """Residual block of D: (N, c_in, H, W) -> (N, c_out, H/2, W/2), or of the same shape.
 
-    The first block, of the image, starts with a convolution; `an` is its AN module or the identity.
+    `an` is its AN module or the identity. The first block takes the image as it is: without a ReLU.
     """
 
     def __init__(self, c_in: int, c_out: int, down: bool, an: nn.Module) -> None:
         super().__init__()
-        self.first, self.down = c_in == 3, down
+        self.relu = nn.Identity() if c_in == 3 else nn.ReLU()
         self.conv1, self.an = nn.Conv2d(c_in, c_out, 3, padding=1), an
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if down or c_in != c_out else nn.Identity()
+        self.shortcut = nn.Conv2d(c_in, c_out, 1) if down else nn.Identity()
+        self.pool = nn.AvgPool2d(2) if down else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(x if self.first else F.relu(x))
-        h = self.conv2(F.relu(self.an(h)))
-        if self.down:  # the 1x1 convolution of the shortcut commutes with the average
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        return h + self.shortcut(x)
+        h = self.conv2(F.relu(self.an(self.conv1(self.relu(x)))))
+        return self.pool(h) + self.shortcut(self.pool(x))  # a 1x1 convolution and a mean commute
 
 
 class Generator(nn.Module):
@@ -422,48 +403,46 @@ class Generator(nn.Module):
     from 4x4 on; AN is in the third one, at 32x32, and self-attention follows it.
     """
 
-    WIDTHS = {32: (4, 4, 4, 4), 64: (16, 8, 4, 2, 1), 128: (16, 16, 8, 4, 2, 1)}
-
     def __init__(self, args: Args) -> None:
         super().__init__()
-        widths = [width * args.g_ch for width in self.WIDTHS[args.img_size]]
-        self.linear = nn.Linear(args.z_dim, widths[0] * 16)
-        self.blocks = nn.ModuleList()
+        units = {32: (4, 4, 4, 4), 64: (16, 8, 4, 2, 1), 128: (16, 16, 8, 4, 2, 1)}[args.img_size]
+        widths = [args.g_ch * unit for unit in units]
+        self.linear, self.blocks = nn.Linear(args.z_dim, widths[0] * 16), nn.ModuleList()
         for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
             self.blocks.append(UpBlock(c_in, c_out, args, an=args.model == "an" and i == 2))
         self.attention = PooledAttention(widths[3]) if args.model == "sagan" else nn.Identity()
         self.norm = nn.BatchNorm2d(widths[-1])
         self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         init_network(self, args.model in ("an", "sagan", "sngan-star"))
-        # Images of each class in the data, from which labels are drawn; `train` counts them.
-        self.register_buffer("class_counts", torch.ones(args.num_classes))
+        self.register_buffer("class_counts", torch.ones(args.num_classes))  # `train` counts them
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         x = self.linear(z).unflatten(1, (-1, 4, 4))
         for i, block in enumerate(self.blocks):
-            x = block(x, y)
-            x = self.attention(x) if i == 2 else x
+            x = self.attention(block(x, y)) if i == 2 else block(x, y)
         return torch.tanh(self.out(F.relu(self.norm(x))))
+
+    def labels(self, shape: tuple[int], generator: torch.Generator, device: Any = "cpu") -> Tensor:
+        """Draw classes (N,) as frequent as in the data; called as torch.randn is."""
+        return self.class_counts.to(device).multinomial(*shape, True, generator=generator)
 
 
 class Discriminator(nn.Module):
-    """Images (N, 3, img_size, img_size), class indices y (N,) -> logits (N,), class logits (N, K).
+    """Images (N, 3, img_size, img_size), classes y (N,) -> logits (N,), loss of the class logits.
 
-    Projection (Miyato & Koyama 2018) adds <embed(y), h> to the logit and has no class logits: K is
-    0. AC-GAN's logit does not see the label. AN is in the first block, on the image's size;
-    self-attention follows the block that leaves 32x32 (16x16 of 32x32 images).
+    Projection (Miyato & Koyama 2018) adds <embed(y), h> to the logit; the loss is 0. AC-GAN's logit
+    does not see y; the loss is its classifier's cross-entropy. AN is in the first block, on the
+    image's size; self-attention follows the block that leaves 32x32 (16x16 of 32x32 images).
     """
-
-    WIDTHS = {32: (2, 2, 2, 2), 64: (1, 2, 4, 8, 16), 128: (1, 2, 4, 8, 16)}
 
     def __init__(self, args: Args) -> None:
         super().__init__()
-        widths, blocks = [width * args.d_ch for width in self.WIDTHS[args.img_size]], []
+        size, blocks = args.img_size, []
+        widths = [args.d_ch * unit for unit in ([2, 2, 2, 2] if size == 32 else [1, 2, 4, 8, 16])]
         for i, (c_in, c_out) in enumerate(itertools.pairwise([3, *widths])):
-            an = args.model == "an" and i == 0
-            module = AttentiveNorm(c_out, args) if an else nn.Identity()
-            blocks.append(DownBlock(c_in, c_out, args.img_size > 32 or i < 2, module))
-            if args.model == "sagan" and i == (1 if args.img_size == 128 else 0):
+            an = AttentiveNorm(c_out, args) if args.model == "an" and i == 0 else nn.Identity()
+            blocks.append(DownBlock(c_in, c_out, size > 32 or i < 2, an))
+            if args.model == "sagan" and i == (1 if size == 128 else 0):
                 blocks.append(PooledAttention(c_out))
         self.blocks, self.linear = nn.Sequential(*blocks), nn.Linear(widths[-1], 1)
         if args.model == "acgan":
@@ -478,19 +457,14 @@ class Discriminator(nn.Module):
             h = h.to(self.linear.bias.dtype).sum(dim=(2, 3))
             logits = self.linear(h).squeeze(1)
             if hasattr(self, "classify"):
-                return logits, self.classify(h)
-            return logits + (self.embed(y) * h).sum(dim=1), h[:, :0]
+                return logits, F.cross_entropy(self.classify(h), y)
+            return logits + (self.embed(y) * h).sum(dim=1), logits.new_zeros(())
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
 # (D real, D fake, G) losses as functions of the logit s; their means over the batch are minimised.
 # The paper prints min(1 - D) for D, without the zero that it is cut at.
 HINGE = (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s)
-
-
-def class_loss(class_logits: Tensor, y: Tensor) -> Tensor:
-    """Return the cross-entropy of AC-GAN's class logits (N, K) and classes y (N,); 0 if K is 0."""
-    return F.cross_entropy(class_logits, y) if class_logits.shape[1] else class_logits.sum()
 
 
 def orthogonality(net: nn.Module) -> Tensor:
@@ -544,12 +518,12 @@ def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], l
         if args.dataset == "cifar10":
             source = datasets.CIFAR10(root, download=True)
             return lambda i: source[i][0], source.targets, []
-        if args.dataset == "imagenet" and not (root / "train").exists():
-            datasets.ImageNet(root, "train")  # unpacks its archives
+        if args.dataset == "imagenet":
+            root /= "train"
+            if not root.exists():
+                datasets.ImageNet(root.parent, "train")  # unpacks its archives
     except Exception as error:
-        hint = "; put its class folders into train/ there" if args.dataset == "imagenet" else ""
-        raise OSError(f"--dataset {args.dataset} must be in {root}: {error}{hint}") from error
-    root = root / "train" if args.dataset == "imagenet" else root
+        raise OSError(f"--dataset {args.dataset} must be in {root}: {error}") from error
     skip = (args.out_dir, args.cache_dir or root / "cache")
     files = fid.image_files(root, [Path(path).expanduser() for path in skip])
     names = [file.relative_to(root).as_posix() for file in files]
@@ -800,75 +774,40 @@ def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
     return images.mul(127.5).add(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def random_labels(
-    G: nn.Module, shape: tuple[int], generator: torch.Generator, device: object = "cpu"
-) -> Tensor:
-    """Draw classes (N,) as frequent as in the data that G was trained on."""
-    return G.class_counts.to(device).multinomial(*shape, replacement=True, generator=generator)
-
-
 @torch.no_grad()
-def settled(args: Args, G: nn.Module) -> nn.Module:
-    """Return a copy of G in eval mode whose batch norms know its maps without self-sampling.
+def settled(args: Args, G: Generator) -> Generator:
+    """Return a copy of G in eval mode whose batch norms have the statistics without self-sampling.
 
-    In training they see self-sampled ones, and an averaged G has the statistics of the last one.
-    Here they are means over 100 batches of the training's size, of noise of their own.
+    In training they see self-sampled maps, and an averaged G those of the last G. Here they are
+    means over 100 batches of the training's size, of noise of their own.
     """
-    G, device, n = copy.deepcopy(G).eval(), next(G.parameters()).device, args.batch_size
+    G, device, n = copy.deepcopy(G).eval(), G.class_counts.device, args.batch_size
     noise = torch.Generator().manual_seed(2)
-    kinds = (nn.BatchNorm2d, AttentiveNorm) if args.region_stats == "bn" else nn.BatchNorm2d
-    norms = [module for module in G.modules() if isinstance(module, kinds)]
+    norms = [m for m in G.modules() if isinstance(m, (nn.BatchNorm2d, AttentiveNorm))]
     for i in range(100):
         for norm in norms:  # their children stay in eval mode
             norm.training, norm.sampling, norm.momentum = True, False, 1 / (i + 1)
-        z, y = torch.randn(n, args.z_dim, generator=noise), random_labels(G, (n,), noise)
+        z, y = torch.randn(n, args.z_dim, generator=noise), G.labels((n,), noise)
         G(z.to(device), y.to(device))
     return G.eval()
 
 
-def eval_labels(args: Args, G: nn.Module) -> Tensor:
-    """Return the classes (fid_num,) of an evaluation, as frequent as in the data."""
-    return random_labels(G, (args.fid_num,), torch.Generator().manual_seed(1))
-
-
-def score_labelled(
-    args: Args, inception: nn.Module, G: nn.Module, y: Tensor, images: Tensor, file: Path
-) -> dict[str, float]:
-    """Return FID and Inception Score of G, settled, for classes y (N,) against images (M, C, S, S).
-
-    The images' moments are cached beside their file.
-    """
+# differs from giu_gan.py: images of classes y (N,), drawn as frequent as in the data if not given
+def score(
+    args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: Path, y: Any = None
+) -> dict:
+    """Return FID and Inception Score of G against images (N, C, S, S), of the array file `file`."""
     sync_buffers(G)
+    y = G.labels((args.fid_num,), torch.Generator().manual_seed(1)) if y is None else y
     count, z = min(args.fid_real or len(images), len(images)), eval_noise(args, len(y))
     if count < len(images):
         images = images[torch.arange(count) * len(images) // count]
     cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
-
-    def fakes(first: int, n: int) -> Tensor:
-        return generate(G, z[first : first + n], y[first : first + n])
-
-    scores = fid.score_generator(inception, fakes, len(y), 100, real)
+    fakes = (lambda first, n: generate(G, z[first : first + n], y[first : first + n])), len(y), 100
+    scores = fid.score_generator(inception, *fakes, real)
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()), inception.label)
     return scores
-
-
-def score_classes(
-    args: Args, inception: nn.Module, G: nn.Module, images: Tensor, labels: Tensor, file: Path
-) -> dict[str, Any]:
-    """Return the FID of each class, and their mean, from `intra_num` images each (Tables 1 and 2).
-
-    The cached moments of a class's real images take 34 MB.
-    """
-    found = {}
-    for label in args.classes or range(args.num_classes):
-        print(f"class {label}: ", end="")
-        y, part = torch.full((args.intra_num,), label), file.with_stem(f"{file.stem}-class{label}")
-        scores = score_labelled(args, inception, G, y, images[labels == label], part)
-        found[label] = scores["fid"]
-    mean = sum(found.values()) / len(found)
-    print(f"intra-FID {mean:.6g}, the mean of {len(found)} classes, {args.intra_num} images each")
-    return {"intra_fid": mean, "intra_fid_per_class": found}
 
 
 def evaluate(args: Args) -> dict[str, Any]:
@@ -879,20 +818,22 @@ def evaluate(args: Args) -> dict[str, Any]:
     nets, G = build(args, device)
     about = {"step": load(path, nets)["progress"][0], **inception.protocol}
     G = settled(args, G)
-    scores = score_labelled(args, inception, G, eval_labels(args, G), images, file)
-    if args.intra_num:
-        scores |= score_classes(args, inception, G, images, labels, file)
+    scores, fids = score(args, inception, G, images, file), {}
+    for label in (args.classes or range(args.num_classes)) if args.intra_num else ():  # Table 2
+        print(f"class {label}: ", end="")
+        y, part = torch.full((args.intra_num,), label), file.with_stem(f"{file.stem}-class{label}")
+        fids[label] = score(args, inception, G, images[labels == label], part, y)["fid"]
+    if fids:
+        scores |= {"intra_fid": sum(fids.values()) / len(fids), "intra_fid_per_class": fids}
+        print(f"intra-FID {scores['intra_fid']:.6g}, the mean of {len(fids)} classes")
     if RANK == 0:
         path.with_name("evaluate.json").write_text(json.dumps(about | scores, indent=2))
     return scores
 
 
 def class_grid(args: Args, G: nn.Module) -> tuple[Tensor, list[int]]:
-    """Return images (num_samples, C, H, W) in [0, 1], and the classes of their columns.
-
-    These are --classes, else the first ten.
-    """
-    classes = list(args.classes) or list(range(min(10, args.num_classes)))
+    """Return images (num_samples, C, H, W) in [0, 1], and the classes of the grid's columns."""
+    classes = list(args.classes or range(min(10, args.num_classes)))
     y = torch.tensor(classes * args.num_samples)[: args.num_samples]
     return generate(G, eval_noise(args, len(y)), y) / 255, classes
 
@@ -902,9 +843,8 @@ def an_layout(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor, T
     """Return a net's AN module, its input (N, C, H, W) and its layout (N, n, H, W) in eval mode."""
     an = next(module for module in net.modules() if isinstance(module, AttentiveNorm))
     seen, training = [], net.training
-    hook = an.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    net.eval()(*(x.to(an.rho.device) for x in inputs))
-    hook.remove()
+    with an.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+        net.eval()(*(x.to(an.rho.device) for x in inputs))
     layout = an.layout(seen[0])
     net.train(training)
     return an, seen[0], layout
@@ -913,14 +853,13 @@ def an_layout(net: nn.Module, *inputs: Tensor) -> tuple[AttentiveNorm, Tensor, T
 def an_state(name: str, net: nn.Module, *inputs: Tensor) -> dict[str, float]:
     """Return the state of a net's AN module for the log.
 
-    rho; the entropy of the layout over ln n (1: uniform, AN is plain instance norm); how many
-    entities have a mean share above 0.5 / n (1: one has all).
+    rho; entropy of the layout over ln n (1: uniform, AN is plain instance norm); number of entities
+    whose mean share is above 0.5 / n (1: one has all).
     """
     an, _, s = an_layout(net, *inputs)
-    n, used = s.shape[1], (s.mean(dim=(0, 2, 3)) > 0.5 / s.shape[1]).sum()
-    entropy = torch.special.entr(s).sum(dim=1).mean() / math.log(max(n, 2))
-    values = {"rho": an.rho, "entropy": entropy, "entities": used}
-    return {f"an/{key}_{name}": value.item() for key, value in values.items()}
+    entropy = torch.special.entr(s).sum(dim=1).mean() / math.log(max(s.shape[1], 2))
+    used = (s.mean(dim=(0, 2, 3)) > 0.5 / s.shape[1]).sum()
+    return {f"an/rho_{name}": an.rho, f"an/entropy_{name}": entropy, f"an/entities_{name}": used}
 
 
 def grey(maps: Tensor, size: int) -> Tensor:
@@ -930,23 +869,18 @@ def grey(maps: Tensor, size: int) -> Tensor:
     return F.interpolate(scaled[:, None].expand(-1, 3, -1, -1), size)
 
 
-def colours(n: int) -> list[tuple[int, ...]]:
-    """Return a colour (R, G, B) for each of n entities."""
-    return [ImageColor.getrgb(f"hsv({360 * i // n},{100 - i % 2 * 45}%,90%)") for i in range(n)]
-
-
-def region_histograms(x: Tensor, s: Tensor) -> Tensor:
+def region_histograms(x: Tensor, s: Tensor, colours: list[tuple[int, ...]]) -> Tensor:
     """Draw the distribution of features x (C, H, W), and that in the 3 largest regions (Figure 4).
 
     A region is where its entity has the largest share of s (n, H, W). -> (3, 256, 512) in [0, 1].
     """
-    owner, features = s.argmax(dim=0).flatten(), x.flatten(1)
-    groups = [("all", "black", features)]
-    for i in owner.bincount().topk(min(3, len(owner.unique()))).indices.tolist():
-        groups.append((f"entity {i}", colours(len(s))[i], features[:, owner == i]))
-    image = Image.new("RGB", (512, 256), "white")
-    pen, (low, high) = ImageDraw.Draw(image), features.aminmax()
-    for row, (name, colour, values) in enumerate(groups):
+    owner, image = s.argmax(dim=0), Image.new("RGB", (512, 256), "white")
+    pen, (low, high) = ImageDraw.Draw(image), x.aminmax()
+    regions = [("all", "black", owner >= 0)]
+    for i in owner.flatten().bincount().topk(min(3, len(owner.unique()))).indices.tolist():
+        regions.append((f"entity {i}", colours[i], owner == i))
+    for row, (name, colour, region) in enumerate(regions):
+        values = x[:, region]
         bars = values.histc(64, low.item(), high.item())
         heights = (256 - 180 * bars / bars.max()).tolist()
         pen.line([(8 * i + 4, height) for i, height in enumerate(heights)], colour, 2)
@@ -961,8 +895,7 @@ def interpolation(args: Args, G: nn.Module, classes: list[int]) -> Tensor:
     With AN a second row for each pair: the share of the entity that varies most at the start.
     """
     rows, z = [], eval_noise(args, 1).expand(8, -1)
-    for pair in itertools.pairwise(classes):
-        start, end = F.one_hot(torch.tensor(pair), args.num_classes).float()
+    for start, end in itertools.pairwise(torch.eye(args.num_classes)[classes]):
         y = torch.lerp(start, end, torch.linspace(0, 1, 8)[:, None])
         rows.append(generate(G, z, y).cpu() / 255)
         if args.model == "an":
@@ -985,18 +918,20 @@ def sample(args: Args) -> None:
     save_image(grid, folder / "classes.png", nrow=len(classes))
     if len(classes) > 1:
         save_image(interpolation(args, G, classes), folder / "interpolation.png", nrow=8)
-    if args.model == "an":
-        z, y = eval_noise(args, len(classes)), torch.tensor(classes)
-        images = generate(G, z, y).cpu() / 255
-        features, layouts = (maps.float().cpu() for maps in an_layout(G, z, y)[1:])
-        palette = torch.tensor(colours(args.entities)) / 255
-        hard = F.interpolate(palette[layouts.argmax(dim=1)].permute(0, 3, 1, 2), size)
-        maps = grey(layouts.flatten(0, 1), size).unflatten(0, layouts.shape[:2])
-        rows = torch.cat([images[:, None], hard[:, None], maps], dim=1).flatten(0, 1)
-        save_image(rows, folder / "layouts.png", nrow=2 + args.entities)
-        panels = torch.stack([region_histograms(*pair) for pair in zip(features, layouts)])
-        pairs = F.interpolate(torch.cat([images, hard], dim=3), (256, 512))
-        save_image(torch.cat([pairs, panels], dim=3), folder / "regions.png", nrow=1)
+    if args.model != "an":
+        return
+    z, y, n = eval_noise(args, len(classes)), torch.tensor(classes), args.entities
+    images = generate(G, z, y).cpu() / 255
+    features, layouts = (maps.cpu() for maps in an_layout(G, z, y)[1:])
+    colours = [ImageColor.getrgb(f"hsv({360 * i // n},{100 - i % 2 * 45}%,90%)") for i in range(n)]
+    hard = torch.tensor(colours)[layouts.argmax(dim=1)].permute(0, 3, 1, 2)
+    hard = F.interpolate(hard / 255, size)
+    maps = grey(layouts.flatten(0, 1), size).unflatten(0, layouts.shape[:2])
+    rows = torch.cat([images[:, None], hard[:, None], maps], dim=1).flatten(0, 1)
+    save_image(rows, folder / "layouts.png", nrow=2 + n)
+    panels = torch.stack([region_histograms(*pair, colours) for pair in zip(features, layouts)])
+    pairs = F.interpolate(torch.cat([images, hard], dim=3), (256, 512))
+    save_image(torch.cat([pairs, panels], dim=3), folder / "regions.png", nrow=1)
 
 
 def write_images(folder: Path, images: Tensor) -> None:
@@ -1021,42 +956,37 @@ def train(args: Args) -> dict[str, float]:
     nets, shown = build(args, device)
     G, D = nets["G"], nets["D"]
     G.class_counts.copy_(counts)
-    betas = args.beta1, args.beta2
-    g_opt = torch.optim.Adam(G.parameters(), args.g_lr, betas, fused=True)
-    d_opt = torch.optim.Adam(D.parameters(), args.d_lr, betas, fused=True)
+    adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
+    g_opt, d_opt = adam(G.parameters(), args.g_lr), adam(D.parameters(), args.d_lr)
     run = Run(args, file.parent.name, nets | {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler})
     data = batches(args, images, labels, device, run.step * args.n_critic)
     noise, n, scores = torch.Generator(device), args.batch_size, {}
-    any_label, (d_real, d_fake, g_fake) = partial(random_labels, G), HINGE
+    d_real, d_fake, g_fake = HINGE
     while run.step < args.total_steps and not STOP:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
         torch.manual_seed(seed_of(args.seed, 3, run.step, RANK + 1))  # of self-sampling
         for _ in range(args.n_critic):
             real, y = next(data)
-            z, fake_y = draw(torch.randn, noise, n, args.z_dim), draw(any_label, noise, n)
+            z, fake_y = draw(torch.randn, noise, n, args.z_dim), draw(G.labels, noise, n)
             with amp:
                 with torch.no_grad():
                     fake = G(z, fake_y).float()
                 # One by one: with --region-stats bn a joint batch would mix their statistics.
-                real_logits, real_classes = D(real, y)
-                fake_logits, fake_classes = D(fake, fake_y)
+                (real_logits, real_class), (fake_logits, fake_class) = D(real, y), D(fake, fake_y)
             d_loss = d_real(real_logits).mean() + d_fake(fake_logits).mean()
-            d_class = class_loss(real_classes, y) + class_loss(fake_classes, fake_y)
-            d_ortho = orthogonality(D)
+            d_class, d_ortho = real_class + fake_class, orthogonality(D)
             d_norm = update(d_opt, D, d_loss + d_class + args.lambda_ortho * d_ortho, scaler)
-        z, fake_y = draw(torch.randn, noise, n, args.z_dim), draw(any_label, noise, n)
+        z, fake_y = draw(torch.randn, noise, n, args.z_dim), draw(G.labels, noise, n)
         with amp:
-            fake_logits, fake_classes = D(G(z, fake_y), fake_y)
-        g_loss, g_class = g_fake(fake_logits).mean(), class_loss(fake_classes, fake_y)
-        g_ortho = orthogonality(G)
+            fake_logits, g_class = D(G(z, fake_y), fake_y)
+        g_loss, g_ortho = g_fake(fake_logits).mean(), orthogonality(G)
         g_norm = update(g_opt, G, g_loss + g_class + args.lambda_ortho * g_ortho, scaler)
         if args.ema_decay:
             nets["ema"].update_parameters(G)
         run.log({
             "loss/d": d_loss, "loss/g": g_loss, "class/d": d_class, "class/g": g_class,
-            "ortho/d": d_ortho, "ortho/g": g_ortho,
-            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
+            "ortho/d": d_ortho, "ortho/g": g_ortho, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), "grad/d_norm": d_norm, "grad/g_norm": g_norm,
         })  # fmt: skip
         if args.model == "an" and run.due(args.log_every):
             run.write(an_state("g", G, z[:16], fake_y[:16]) | an_state("d", D, real[:16], y[:16]))
@@ -1064,8 +994,7 @@ def train(args: Args) -> dict[str, float]:
             grid, classes = class_grid(args, settled(args, shown))
             save_image(grid, run.folder / f"samples/{run.step:07d}.png", nrow=len(classes))
         if run.due(args.eval_every):
-            net = settled(args, shown)
-            scores = score_labelled(args, inception, net, eval_labels(args, net), images, file)
+            scores = score(args, inception, settled(args, shown), images, file)
             run.write({f"metric/{name}": value for name, value in scores.items()})
             if scores["fid"] < run.best[0]:
                 run.best = scores["fid"], run.step
@@ -1094,9 +1023,10 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # odd file names
     try:
         args = parse()
-        if args.num_classes == 0:  # of a folder: the networks must know
+        if args.num_classes == 0:  # of a folder: the networks and the rules must know
             with redirect_stdout(None):
-                args = replace(args, num_classes=len(set(open_dataset(args)[1])))
+                count = len(set(open_dataset(args)[1]))
+            args = parse([*sys.argv[1:], "--num-classes", str(count)])
         if args.dry_run:
             nets, _ = build(args, torch.device("cpu"))
             params = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}

@@ -106,6 +106,39 @@ def state(folder: Path, name: str = "checkpoint.pt") -> dict:
     return torch.load(folder / name, weights_only=True)
 
 
+def restated(module, args, d_loss, g_loss, channels=3) -> dict:
+    """G and D after `total_steps` of the plain algorithm: d_loss(D, real, fake, noise), g_loss(s)."""
+    cpu = torch.device("cpu")
+    images, labels, _ = module.load_images(args, cpu, channels)
+    torch.manual_seed(args.seed)
+    nets = module.build(args, cpu)[0]
+    G, D, n = nets["G"], nets["D"], args.batch_size
+    adam = {"betas": (args.beta1, args.beta2), "fused": True}
+    opts = {net: torch.optim.Adam(net.parameters(), lr, **adam)
+            for net, lr in ((G, args.g_lr), (D, args.d_lr))}  # fmt: skip
+    data = module.batches(args, images, labels, cpu, 0)
+
+    def descend(net, loss):
+        opts[net].zero_grad()
+        loss.backward(inputs=list(net.parameters()))
+        opts[net].step()
+
+    for step in range(args.total_steps):
+        noise = torch.Generator().manual_seed(module.seed_of(args.seed, 1, step))
+        for _ in range(args.n_critic):
+            real, fake = next(data)[0], G(torch.randn(n, args.z_dim, generator=noise)).detach()
+            descend(D, d_loss(D, real, fake, noise))
+        descend(G, g_loss(D(G(torch.randn(n, args.z_dim, generator=noise)))).mean())
+    return {"G": G.state_dict(), "D": D.state_dict()}
+
+
+def assert_close(saved: dict, expected: dict) -> None:
+    """Compare networks of a checkpoint with their restatement."""
+    for name, net in expected.items():
+        for key, value in net.items():
+            torch.testing.assert_close(saved[name][key], value, rtol=0, atol=1e-5, msg=key)
+
+
 def same(a, b) -> bool:
     """Whether two checkpoints are equal, bit for bit."""
     if isinstance(a, torch.Tensor):

@@ -2,11 +2,13 @@
 
 import copy
 import itertools
-import math
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_close, state
 from PIL import Image
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -251,26 +253,27 @@ def test_discriminator_heads():
     expected = [D.linear(h[i])[0] + D.embed.weight[y[i]] @ h[i] for i in range(3)]
     torch.testing.assert_close(D(x, y)[0], torch.stack(expected))
     assert torch.equal(acgan(x, y)[0], acgan(x, (y + 1) % 5)[0])  # its logit does not see y
+    classes = acgan.classify(F.relu(acgan.blocks(x)).sum((2, 3))).log_softmax(1)
+    torch.testing.assert_close(acgan(x, y)[1], -classes[[0, 1, 2], y].mean())
+    assert D(x, y)[1].item() == 0
 
 
 def test_losses():
     d_real, d_fake, g_fake = an_gan.HINGE
-    s, y = torch.tensor([-2.0, -0.5, 0.5, 2.0]), torch.tensor([0, 3])
+    s = torch.tensor([-2.0, -0.5, 0.5, 2.0])
     assert d_real(s).tolist() == [3.0, 1.5, 0.5, 0.0]  # cut at 0, which the print leaves out
     assert d_fake(s).tolist() == [0.0, 0.5, 1.5, 3.0]
     assert g_fake(s).tolist() == [2.0, 0.5, -0.5, -2.0]
-    assert an_gan.class_loss(torch.zeros(2, 5), y).item() == pytest.approx(math.log(5))
     layer = AttentiveNorm(2, make(entities=2))
     layer.entity.weight.data = 2 * torch.eye(2)[:, :, None, None]
     assert an_gan.orthogonality(nn.ModuleList([layer, copy.deepcopy(layer)])).item() == 2 * 18
-    w = layer.entity.weight.flatten(1)
-    assert (w.T @ w - torch.eye(2)).sum().item() == 6  # the authors' signed sum is another thing
+    # The authors' signed sum of W^T W - I would be 2 * 6.
 
 
 # Training, evaluation, pictures -------------------------------------------------------------------
 def test_acgan_classifies_generated_images_too(monkeypatch, shapes):
-    seen, plain = [], an_gan.class_loss
-    monkeypatch.setattr(an_gan, "class_loss", lambda c, y: seen.append(c) or plain(c, y))
+    seen, plain = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda c, y: seen.append(c) or plain(c, y))
     args = make(model="acgan", dataset="shapes", num_classes=8, cache_dir=str(shapes))
     args.total_steps, args.sample_every, args.eval_every, args.device = 1, 0, 0, "cpu"
     an_gan.train(args)  # D's of real and of generated images, G's
@@ -291,7 +294,7 @@ def test_settled_statistics_are_those_without_self_sampling(stats):
     G.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].mean((0, 2, 3))))
     for _ in range(100):
         z = torch.randn(4, 16, generator=noise)
-        G(z, an_gan.random_labels(G, (4,), noise))
+        G(z, G.labels((4,), noise))
     torch.testing.assert_close(found.norm.running_mean, sum(seen) / 100, rtol=1e-4, atol=1e-5)
 
 
@@ -309,6 +312,8 @@ class StubInception(nn.Module):
 class StubGenerator(nn.Module):
     """Grey images, 10 k levels above mid-grey for class k; trained on class 2 alone."""
 
+    labels = Generator.labels
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
@@ -319,18 +324,23 @@ class StubGenerator(nn.Module):
         return (level / 127.5)[:, None, None, None].expand(-1, 3, 4, 4) + self.weight
 
 
-def test_scores_of_the_data_and_of_classes(tmp_path):
-    args, net, G = make(intra_num=20, fid_num=20, num_classes=3), StubInception(), StubGenerator()
-    file, labels = tmp_path / "images.npy", torch.arange(60) % 3
+def test_scores_of_the_data_and_of_classes(tmp_path, monkeypatch):
+    args, G = make(intra_num=20, fid_num=20, num_classes=3, classes=(2, 0)), StubGenerator()
     images = an_gan.generate(G, torch.zeros(20, 16), torch.full((20,), 2)).repeat_interleave(3, 0)
-    y = an_gan.eval_labels(args, G)  # as frequent as in the data: all of class 2
-    assert an_gan.score_labelled(args, net, G, y, images, file)["fid"] < 1
-    args.classes = 2, 0
-    found = an_gan.score_classes(args, net, G, images, labels, file)
+    data = images, torch.arange(60) % 3, tmp_path / "images.npy"
+    for name, value in {
+        "fid.load_inception": StubInception(), "load_images": data, "build": ({}, G), "settled": G,
+        "load": {"progress": (7, 0)}, "find_checkpoint": tmp_path / "best.pt",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(f"an_gan.{name}", lambda *a, value=value: value)
+    found = an_gan.evaluate(args)
+    assert found["fid"] < 1  # labels as frequent as in the data: all of class 2
     expected = {2: 0, 0: 3 * 20**2}  # |shift of the mean|^2, 3 colours
     assert found["intra_fid_per_class"] == pytest.approx(expected, abs=0.5)
     assert found["intra_fid"] == pytest.approx(600, abs=0.5)
     assert len(list(tmp_path.glob("images-class[02]-20-*.npz"))) == 2  # cached
+    written = json.loads((tmp_path / "evaluate.json").read_text())
+    assert written["step"] == 7 and written["intra_fid"] == found["intra_fid"]
 
 
 def test_interpolation_starts_and_ends_at_the_classes():
@@ -386,6 +396,7 @@ BAD = {
     "--entities 0": "--entities must be from 1 to 256, got 0",
     "--dataset folder --num-classes 2 --batch-size 2": "--num-classes must be 3, got 2",
     "--classes 7 1000": "--classes must be from 0 to 999, got (7, 1000)",
+    "--dataset folder --classes 3": "--classes must be from 0 to 2, got (3,)",
     "--dataset folder": "--batch-size must be at most 3",
     "--dataset folder --data-dir nowhere": "No such file or directory: 'nowhere'",
     "--dataset imagenet --batch-size 2": "--dataset imagenet must be in photos",
@@ -398,3 +409,38 @@ def test_bad_input(flags, tmp_path, call):
     photos(tmp_path, "photos/a/0.png", "photos/b/1.png", "photos/c/2.png")
     code, _, err = call("an_gan", "--data-dir", "photos", "--eval-every", "0", *flags.split())
     assert code == 2 and BAD[flags] in err
+
+
+def test_training_is_the_algorithm(call, tiny):
+    """Two steps of two updates of D each, restated: labels as frequent as the data's, hinge loss."""
+    flags = tiny("an_gan", "--total-steps 2 --n-critic 2 --lambda-ortho 0.5")
+    assert call("an_gan", *flags)[0] == 0
+    args, cpu = an_gan.parse([*flags, "--resume"]), torch.device("cpu")
+    images, labels, _ = an_gan.load_images(args, cpu)
+    torch.manual_seed(args.seed)
+    G, D = Generator(args), Discriminator(args)
+    G.class_counts.copy_(labels.bincount())
+    data, betas = an_gan.batches(args, images, labels, cpu, 0), (args.beta1, args.beta2)
+    opts = {net: torch.optim.Adam(net.parameters(), lr, betas, fused=True)
+            for net, lr in ((G, args.g_lr), (D, args.d_lr))}  # fmt: skip
+
+    def descend(net, loss):
+        opts[net].zero_grad()
+        (loss + 0.5 * an_gan.orthogonality(net)).backward(inputs=list(net.parameters()))
+        opts[net].step()
+
+    for step in range(2):
+        noise = torch.Generator().manual_seed(an_gan.seed_of(args.seed, 1, step))
+        torch.manual_seed(an_gan.seed_of(args.seed, 3, step, 1))
+
+        def draw():
+            z = torch.randn(args.batch_size, args.z_dim, generator=noise)
+            return z, G.labels((args.batch_size,), noise)
+
+        for _ in range(2):
+            (real, y), (z, fake_y) = next(data), draw()
+            fake = G(z, fake_y).detach()
+            descend(D, F.relu(1 - D(real, y)[0]).mean() + F.relu(1 + D(fake, fake_y)[0]).mean())
+        z, fake_y = draw()
+        descend(G, -D(G(z, fake_y), fake_y)[0].mean())
+    assert_close(state(next(Path("runs").iterdir())), {"G": G.state_dict(), "D": D.state_dict()})

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sagan_div
 import torch
 import torch.nn as nn
+from conftest import assert_close, restated, state
 from PIL import Image
 from sagan_div import Attention, Discriminator, Generator, parse
 from torch.nn.utils.parametrize import is_parametrized
@@ -464,3 +466,20 @@ def test_figures_2_and_3_from_run_folders(few, capsys):
         for n, (top, start) in enumerate([(10, 2), (10, 36), (44, 2), (44, 36)]):
             cell = found[:, top : top + 32, left + start : left + start + 32]
             assert torch.equal(cell, grid[n])
+
+
+def test_training_is_the_algorithm(call, tiny):
+    """Two steps of two critic updates of method d, restated: 2 E slope^6 at the images."""
+    flags = tiny("sagan_div", "--total-steps 2")
+    assert call("sagan_div", *flags)[0] == 0
+
+    def d_loss(D, real, fake, noise):
+        real, fake = real.requires_grad_(), fake.requires_grad_()
+        scores = D(real), D(fake)
+        grads = torch.autograd.grad(sum(x.sum() for x in scores), (real, fake), create_graph=True)
+        slopes = torch.cat(grads).flatten(1).norm(dim=1)
+        return scores[1].mean() - scores[0].mean() + 2 * slopes.pow(6).mean()
+
+    args = parse([*flags, "--resume"])
+    saved = state(next(Path("runs").iterdir()))
+    assert_close(saved, restated(sagan_div, args, d_loss, lambda s: -s, args.channels))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, same, start, state
+from conftest import ROOT, SCRIPTS, TINY, assert_close, restated, same, start, state
 
 LEAN = [script for script in SCRIPTS if script in TINY]
 every_script = pytest.mark.parametrize("script", LEAN)
@@ -318,6 +318,20 @@ def test_every_step_draws_noise_of_its_own(script, call, tiny, monkeypatch):
     assert call(script, *tiny(script))[0] == 0
     values = [x.flatten()[0].item() for x in drawn if x.is_floating_point()]
     assert len(set(values)) == len(values) >= 4
+
+
+@pytest.mark.parametrize("script", ["sagan_dogs", "gca_gan"])
+def test_training_is_the_algorithm(script, call, tiny):
+    """Two steps of two updates of D each, restated, with DCGAN's cross-entropy."""
+    flags = tiny(script, "--total-steps 2 --n-critic 2")
+    assert call(script, *flags)[0] == 0
+    module, softplus = importlib.import_module(script), torch.nn.functional.softplus
+
+    def d_loss(D, real, fake, noise):
+        return softplus(-D(real)).mean() + softplus(D(fake)).mean()
+
+    args = module.parse([*flags, "--resume"])
+    assert_close(state(run_folder()), restated(module, args, d_loss, lambda s: softplus(-s)))
 
 
 @pytest.mark.parametrize("script", ["giu_gan", "an_gan", "an_inpaint"])
