@@ -411,9 +411,10 @@ def test_bad_input(flags, tmp_path, call):
     assert code == 2 and BAD[flags] in err
 
 
-def test_training_is_the_algorithm(call, tiny):
+@pytest.mark.parametrize("model", ["an", "acgan"])
+def test_training_is_the_algorithm(model, call, tiny):
     """Two steps of two updates of D each, restated: labels as frequent as the data's, hinge loss."""
-    flags = tiny("an_gan", "--total-steps 2 --n-critic 2 --lambda-ortho 0.5")
+    flags = tiny("an_gan", f"--model {model} --total-steps 2 --n-critic 2 --lambda-ortho 0.5")
     assert call("an_gan", *flags)[0] == 0
     args, cpu = an_gan.parse([*flags, "--resume"]), torch.device("cpu")
     images, labels, _ = an_gan.load_images(args, cpu)
@@ -440,7 +441,10 @@ def test_training_is_the_algorithm(call, tiny):
         for _ in range(2):
             (real, y), (z, fake_y) = next(data), draw()
             fake = G(z, fake_y).detach()
-            descend(D, F.relu(1 - D(real, y)[0]).mean() + F.relu(1 + D(fake, fake_y)[0]).mean())
+            (a, real_class), (b, fake_class) = D(real, y), D(fake, fake_y)
+            loss = F.relu(1 - a).mean() + F.relu(1 + b).mean()
+            descend(D, loss + real_class + fake_class)
         z, fake_y = draw()
-        descend(G, -D(G(z, fake_y), fake_y)[0].mean())
+        logits, fake_class = D(G(z, fake_y), fake_y)
+        descend(G, fake_class - logits.mean())
     assert_close(state(next(Path("runs").iterdir())), {"G": G.state_dict(), "D": D.state_dict()})

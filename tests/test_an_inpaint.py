@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import same
+from conftest import assert_close, same, state
 from PIL import Image
 
 import an_inpaint
@@ -586,3 +586,42 @@ def test_inpaint_refuses_to_overwrite_and_names_what_is_broken(call, generator):
         code, _, err = call("an_inpaint", *generator, *flags.split())
         assert code == 2 and text in err and err.count("error") == 1, (flags, err)
     assert not Path("filled").exists()
+
+
+def test_training_is_the_algorithm(call, tiny):
+    """A step of phase 1 and one of phase 2 with two updates of the critics, restated (Eqs. 9, 10)."""
+    more = "--total-steps 2 --phase1-steps 1 --lambda-adv 100 --lambda-gp 3 --lambda-ortho 0.5"
+    flags = tiny("an_inpaint", more)
+    assert call("an_inpaint", *flags)[0] == 0
+    args = an_inpaint.parse([*flags, "--resume"])
+    data = an_inpaint.photo_batches(args, an_inpaint.load_photos(args, False)[0], CPU, 0)
+    torch.manual_seed(args.seed)
+    G, D = Generator(args), Discriminator(args)
+    opts = {net: torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9), fused=True) for net in (G, D)}
+
+    def descend(net, loss):
+        opts[net].zero_grad()
+        loss.backward(inputs=list(net.parameters()))
+        opts[net].step()
+
+    for step in range(2):
+        noise = torch.Generator().manual_seed(an_inpaint.seed_of(args.seed, 1, step))
+        torch.manual_seed(an_inpaint.seed_of(args.seed, 3, step, 1))
+        for _ in range(2 * step):
+            real, mask, box = next(data)
+            fake = torch.where(mask > 0, G(real, mask)[1].detach(), real)
+            loss = D(fake, box).mean() - D(real, box).mean()
+            for critic, a, b in zip(D.critics, D.views(real, box), D.views(fake, box)):
+                eps = torch.rand(4, 1, 1, 1, generator=noise)
+                mixed = (eps * a + (1 - eps) * b).requires_grad_()
+                (grad,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
+                loss = loss + 3 * (grad.flatten(1).norm(dim=1) - 1).square().mean()
+            descend(D, loss)
+        real, mask, box = next(data)
+        coarse, fine = G(real, mask)
+        loss = 1.2 * ((coarse - real).abs().mean() + (fine - real).abs().mean())
+        if step == 1:
+            loss = loss - 100 * D(torch.where(mask > 0, fine, real), box).mean()
+        descend(G, loss + 0.5 * an_inpaint.orthogonality(G))
+    saved = state(next(Path("runs").iterdir()))
+    assert_close(saved, {"G": G.state_dict(), "D": D.state_dict()})
