@@ -53,6 +53,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal
 
@@ -110,7 +111,8 @@ class Args:
     img_size: int = 256  # side of the square images in pixels
     hflip: bool = False  # mirror half of the training images, drawn anew each time
     # Holes
-    train_mask: Literal["centre", "rect", "stroke", "file"] = "rect"  # holes of training images
+    train_mask: Literal["centre", "rect", "stroke", "file"] = "rect"
+    """holes to train on: centred square, random rectangle, brush strokes, files of --mask-dir"""
     box: int = 0  # side of the square hole and of the local critic's view; 0: half of --img-size
     shrink: float = 0.125  # most that a random rectangle loses on each side, as a share of --box
     # Model
@@ -335,7 +337,7 @@ class ContextualAttention(nn.Module):
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
-def stack(channels: int, rows: list[tuple], act: nn.Module = nn.ELU()) -> list[nn.Module]:
+def stack(channels: int, rows: list[tuple], act: Callable = nn.ELU) -> list[nn.Module]:
     """Return a layer table's convolutions (channels, size, stride, dilation), zeros around.
 
     A stride of 1/2 doubles the map first. An activation follows each; there is no normalisation.
@@ -344,7 +346,7 @@ def stack(channels: int, rows: list[tuple], act: nn.Module = nn.ELU()) -> list[n
     for out, size, stride, dilation in rows:
         layers += [nn.Upsample(scale_factor=2)] if stride < 1 else []
         padding, stride = dilation * (size // 2), math.ceil(stride)
-        layers += [nn.Conv2d(channels, out, size, stride, padding, dilation), act]
+        layers += [nn.Conv2d(channels, out, size, stride, padding, dilation), act()]
         channels = out
     return layers
 
@@ -389,8 +391,8 @@ class Critic(nn.Module):
     def __init__(self, c: int, size: int) -> None:
         super().__init__()
         rows = [(width * c, 5, 2, 1) for width in (1, 2, 4, 8, 4, 2)]
-        convs, values = stack(3, rows, nn.LeakyReLU(0.2)), 2 * c * math.ceil(size / 64) ** 2
-        self.layers = nn.Sequential(*convs, nn.Flatten(), nn.Linear(values, 1))
+        convs, values = stack(3, rows, partial(nn.LeakyReLU, 0.2)), math.ceil(size / 64) ** 2
+        self.layers = nn.Sequential(*convs, nn.Flatten(), nn.Linear(2 * c * values, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).flatten()

@@ -799,7 +799,7 @@ def train(args: Args) -> dict[str, float]:
             penalty = torch.zeros((), device=device)
             if LOSS[args.model] == "wasserstein":
                 penalty = gradient_penalty(D, real, fake, draw(torch.rand, noise, n, 1, 1, 1))
-            d_norm = update(d_opt, D, d_loss + args.lambda_gp * penalty, scaler)
+            d_norm = update(d_opt, D, d_loss + args.lambda_gp * penalty, scaler)  # Algorithm 2
         with amp:
             g_loss = g_fake(D(G(draw(torch.randn, noise, n, args.z_dim))).float()).mean()
         g_norm = update(g_opt, G, g_loss, scaler)

@@ -242,7 +242,10 @@ class Attention(nn.Module):
         super().__init__()
         pooled = args.attn_block == "pooled"
         inner, width = max(1, channels // 8), max(1, channels // 2) if pooled else channels
-        conv = lambda *c: gaussian(nn.Conv2d(*c, 1, bias=False), args.attn_sn)  # noqa: E731
+
+        def conv(c_in: int, c_out: int) -> nn.Module:
+            return gaussian(nn.Conv2d(c_in, c_out, 1, bias=False), args.attn_sn)
+
         self.query, self.key = conv(channels, inner), conv(channels, inner)
         self.value = conv(channels, width)
         self.pool = nn.MaxPool2d(2) if pooled else nn.Identity()
