@@ -190,6 +190,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     batch, size, side = args.batch_size, args.img_size, args.side
     yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
+    yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
     there = path.exists() or args.runs or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
@@ -670,35 +671,22 @@ def draw(sampler: Callable, generator: torch.Generator, *shape: int) -> Tensor:
     return sampler(shape, generator=generator, device=generator.device).chunk(WORLD)[RANK]
 
 
-def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> Tensor:
-    """Step `net` down the loss, averaged over the processes; return the norm of its gradient.
+def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> None:
+    """Step `net` down the loss, averaged over the processes.
 
     One flat all-reduce: a DistributedDataParallel wrapper is silently wrong around a penalty.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     opt.zero_grad()
     scaler.scale(loss).backward(inputs=params)
-    grads = [p.grad for p in params if p.grad is not None]
     if WORLD > 1:
+        grads = [p.grad for p in params if p.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         for grad, mean in zip(grads, (flat / WORLD).split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
-    scaler.unscale_(opt)
-    norm = nn.utils.get_total_norm(grads)
     scaler.step(opt)
     scaler.update()
-    return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm  # 0: the step was skipped
-
-
-def sync_buffers(*nets: nn.Module) -> None:
-    """Give every process the buffers of rank 0: batch statistics are each process's own.
-
-    Not counters, which agree: AveragedModel's is on the CPU, where NCCL cannot send it.
-    """
-    for buffer in nn.ModuleList(nets).buffers() if WORLD > 1 else ():
-        if buffer.ndim > 0:
-            dist.broadcast(buffer, 0)
 
 
 def load(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
@@ -719,58 +707,56 @@ class Run:
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
         if args.resume and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
-            self.step, self.best, self.sums, self.count = state["progress"]
+            self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
                 raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if RANK == 0:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
             self.board = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.clock, self.mark = time.perf_counter(), self.step
+        self.clock = time.perf_counter()
         print(f"{self.folder}: from step {self.step} to {args.total_steps}")
 
     def due(self, every: int) -> bool:
-        """Return whether what comes every so many steps (0: never), and at the end, is due."""
-        return every > 0 and (self.step % every == 0 or self.step == self.args.total_steps)
+        """Return whether what rank 0 does every so many steps (0: never) and at the end is due."""
+        last = self.step == self.args.total_steps
+        return RANK == 0 and every > 0 and (self.step % every == 0 or last)
 
     def log(self, terms: dict[str, Tensor]) -> None:
         """Count a step and sum its terms on the device; every `log_every` steps log their means."""
         self.sums = {k: v.detach().float() + self.sums.get(k, 0) for k, v in terms.items()}
         self.step, self.count = self.step + 1, self.count + 1
         if self.due(self.args.log_every):
-            means, now, total = self.means(), time.perf_counter(), self.args.total_steps
-            rate = (self.step - self.mark) / (now - self.clock)
-            left = timedelta(seconds=round((total - self.step) / rate))
-            text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
-            done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
-            print(f"{done}, {text}")
-            self.write(means | {"perf/steps_per_sec": rate})
-            self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
+            self.flush()
 
-    def means(self) -> dict[str, float]:
-        """Return the means of the interval's terms; exit with code 3 if one is not finite."""
-        self.sums = {name: float(value) for name, value in self.sums.items()}
-        for name, value in self.sums.items():
-            if not math.isfinite(value):
-                print(f"error: {name} is {value} at step {self.step}", file=sys.stderr)
+    def flush(self) -> None:
+        """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
+        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
                 raise SystemExit(3)
-        return {name: value / self.count for name, value in self.sums.items()}
+        rate, total = self.count / (time.perf_counter() - self.clock), self.args.total_steps
+        left = timedelta(seconds=round((total - self.step) / rate))
+        text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
+        done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
+        print(f"{done}, {text}")
+        self.write(means | {"perf/steps_per_sec": rate})
+        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
 
     def write(self, values: dict[str, float]) -> None:
         """Write values to TensorBoard."""
-        for name, value in values.items() if RANK == 0 else ():
+        for name, value in values.items():
             self.board.add_scalar(name, value, self.step)
 
     def save(self, name: str) -> None:
         """Write a checkpoint to a temporary file, then rename it."""
-        self.means()  # nothing is saved of a run that has gone wrong
-        sync_buffers(*(part for part in self.parts.values() if isinstance(part, nn.Module)))
+        if self.count:
+            self.flush()  # nothing is saved of a run that has gone wrong
         state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"args": asdict(self.args), "data": self.data}
-        state |= {"progress": (self.step, self.best, self.sums, self.count)}
-        if RANK == 0:
-            torch.save(state, self.folder / "checkpoint.tmp")
-            os.replace(self.folder / "checkpoint.tmp", self.folder / name)
+        state |= {"args": asdict(self.args), "data": self.data, "step": self.step}
+        torch.save(state | {"best": self.best}, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------
@@ -817,13 +803,10 @@ def quality(done: Tensor, real: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 def score_completions(G: nn.Module, real: Tensor, mask: Tensor) -> dict[str, float]:
     """Return and print the means of held-out images' scores, without those that are not finite."""
-    sync_buffers(G)
     chunks = zip(real.split(16), mask.split(16))
     scores = [quality(complete(G, *chunk), *chunk) for chunk in chunks]
     table = torch.cat([torch.stack([*chunk.values()]) for chunk in scores], dim=1)
     means = table.where(table.isfinite(), torch.nan).nanmean(dim=1)
-    if WORLD > 1:  # the processes agree on which one is the best
-        dist.broadcast(means := means.to(next(G.parameters()).device), 0)
     means = dict(zip(scores[0], means.tolist()))
     print(f"{len(real)} images:", ", ".join(f"{name} {x:.5g}" for name, x in means.items()))
     return means
@@ -832,7 +815,7 @@ def score_completions(G: nn.Module, real: Tensor, mask: Tensor) -> dict[str, flo
 def load_generator(args: Args, path: Path) -> tuple[Generator, int]:
     """Return the generator of a checkpoint, in eval mode, and its step."""
     G = Generator(args).to(setup(args)[0])
-    return G.eval(), load(path, {"G": G})["progress"][0]
+    return G.eval(), load(path, {"G": G})["step"]
 
 
 def evaluate(args: Args) -> dict[str, float]:
@@ -844,8 +827,7 @@ def evaluate(args: Args) -> dict[str, float]:
     rule = "8-bit RGB on [0, 1], known pixels exact; _hole: of the hole's pixels; means over images"
     about = {"step": step, "images": len(real), "holes": args.eval_mask, "scores": rule}
     print(rule)
-    if RANK == 0:
-        path.with_name("evaluate.json").write_text(json.dumps(about | scores, indent=2))
+    path.with_name("evaluate.json").write_text(json.dumps(about | scores, indent=2))
     return scores
 
 
@@ -982,7 +964,7 @@ def train(args: Args) -> dict[str, float]:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
         torch.manual_seed(seed_of(args.seed, 3, run.step, RANK + 1))  # of self-sampling
         phase = 1 if run.step < args.phase1_steps else 2
-        d_loss = penalty = d_norm = real_mean = fake_mean = adversarial = zero
+        d_loss = penalty = real_mean = fake_mean = adversarial = zero
         for _ in range(args.n_critic if phase == 2 else 0):
             real, mask, box = next(batches)
             with amp:
@@ -992,7 +974,7 @@ def train(args: Args) -> dict[str, float]:
             each = zip(D.critics, D.views(real, box), D.views(fake, box))
             penalty = sum(gradient_penalty(*x, draw(torch.rand, noise, n, 1, 1, 1)) for x in each)
             d_loss = fake_mean - real_mean
-            d_norm = update(d_opt, D, d_loss + args.lambda_gp * penalty, scaler)  # Eq. 10
+            update(d_opt, D, d_loss + args.lambda_gp * penalty, scaler)  # Eq. 10
         real, mask, box = next(batches)
         with amp:
             coarse, fine = (x.float() for x in G(real, mask))
@@ -1000,27 +982,26 @@ def train(args: Args) -> dict[str, float]:
                 adversarial = -D(fine.where(mask > 0, real), box).float().mean()
         l1, ortho = sum(l1_loss(args, x, real, mask) for x in (coarse, fine)), orthogonality(G)
         g_loss = args.lambda_rec * l1 + args.lambda_adv * adversarial  # Eq. 9
-        g_norm = update(g_opt, G, g_loss + args.lambda_ortho * ortho, scaler)
+        update(g_opt, G, g_loss + args.lambda_ortho * ortho, scaler)
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/l1": l1,
             "loss/orthogonality": ortho, "logit/real": real_mean, "logit/fake": fake_mean,
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm,
             "image/saturated": (fine.detach().abs() >= 1).float().mean(),
         })  # fmt: skip
-        if run.due(args.sample_every) and RANK == 0:
+        if run.due(args.sample_every):
             real, mask = shown
             grid = torch.cat((real.where(mask == 0, 128), complete(G, real, mask), real), dim=3)
             save_image(grid / 255, run.folder / f"samples/{run.step:07d}.png", nrow=2)
-        if run.due(args.eval_every) or (args.eval_every and run.step == args.phase1_steps):
+        phase_ends = RANK == 0 and args.eval_every and run.step == args.phase1_steps
+        if run.due(args.eval_every) or phase_ends:
             scores = score_completions(G, *scored)
             run.write({f"metric/{name}": value for name, value in scores.items()})
             if scores["psnr"] > run.best.get(phase, (-math.inf, 0))[0]:
                 run.best[phase] = scores["psnr"], run.step
                 run.save("best.pt" if phase == 2 else "best-phase1.pt")
-                if RANK == 0:
-                    small = {"G": G.state_dict(), "args": asdict(args), "progress": (run.step,)}
-                    torch.save(small, run.folder / "generator.tmp")
-                    os.replace(run.folder / "generator.tmp", run.folder / "generator.pt")
+                small = {"G": G.state_dict(), "args": asdict(args), "step": run.step}
+                torch.save(small, run.folder / "generator.tmp")
+                os.replace(run.folder / "generator.tmp", run.folder / "generator.pt")
         if run.due(args.save_every):
             run.save("checkpoint.pt")
     if STOP:
@@ -1035,7 +1016,6 @@ def stop(number: int, frame: object) -> None:
     """Let the training end after this step; a second signal ends the process at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("ending after this step; once more to end at once")
 
 
 def main() -> None:

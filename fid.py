@@ -32,7 +32,6 @@ from typing import Any, Literal
 import numpy as np
 import scipy.linalg
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -156,11 +155,6 @@ class Moments:
         self.n += len(x)
         return self
 
-    def all_reduce(self) -> None:
-        """Add up the vectors of all processes, in all of them."""
-        sum_over_processes(self._sums)
-        self.n = int(self._sums[-1, -1])
-
     @property
     def mu(self) -> np.ndarray:
         return self._stored[0] if self._stored else (self._sums[-1, :-1] / self.n).cpu().numpy()
@@ -241,41 +235,26 @@ def inception_score(logits: Tensor, splits: int = 10, seed: int = 0) -> tuple[fl
 
 
 # ---- 4. Scores -----------------------------------------------------------------------------------
-def processes() -> tuple[int, int]:
-    """(rank, number of processes) of torch.distributed, (0, 1) where it is not in use."""
-    active = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
-
-
-def sum_over_processes(*tensors: Tensor) -> None:
-    """Sum tensors over all processes, in place."""
-    for tensor in tensors if processes()[1] > 1 else ():
-        dist.all_reduce(tensor)
-
-
 def batches(num: int, batch_size: int, label: str) -> Iterator[tuple[int, int]]:
-    """Yield this process's batches of 0 .. num - 1 as (first, count); print progress every 5 s."""
-    rank, world = processes()
+    """Yield the batches of 0 .. num - 1 as (first, count); print progress every 5 s."""
     start = printed = time.monotonic()
-    for first in range(rank * batch_size, num, world * batch_size):
+    for first in range(0, num, batch_size):
         yield first, min(batch_size, num - first)
-        if rank == 0 and time.monotonic() - printed >= 5:
-            printed, done = time.monotonic(), min(first + world * batch_size, num)
+        if time.monotonic() - printed >= 5:
+            printed, done = time.monotonic(), min(first + batch_size, num)
             print(f"{label}: {done}/{num}, {done / (printed - start):.3g}/s", file=sys.stderr)
 
 
 def dataset_moments(
     net: Inception, images: Any, batch_size: int, cache: Path | None = None, label: str = "real"
 ) -> Moments:
-    """Moments of uint8 images (N, C, H, W), computed by all processes, the same in all.
+    """Moments of uint8 images (N, C, H, W).
 
     The .npz `cache` is read if it is of as many images of this size and protocol, else written.
     """
     meta = {"protocol": net.protocol, "size": list(images.shape[1:])}
     found = Moments.load(cache) if cache and cache.exists() else Moments(0)
-    same = torch.tensor(float(found.n == len(images) and found.meta == meta), device=net.device)
-    sum_over_processes(same)
-    if same == processes()[1]:  # all processes go the same way
+    if found.n == len(images) and found.meta == meta:
         return found
     moments = Moments(device=net.device)
     moments.meta = meta
@@ -284,8 +263,7 @@ def dataset_moments(
         if not isinstance(batch, Tensor):
             batch = torch.tensor(batch)  # a copy: a memory map may be read-only
         moments.update(net(batch)[0])
-    moments.all_reduce()
-    if cache and processes()[0] == 0:
+    if cache:
         try:
             moments.save(cache, **meta)
         except OSError as error:
@@ -297,7 +275,7 @@ def score_generator(
     net: Inception, generate: Callable[[int, int], Tensor], num: int, batch_size: int,
     real: Moments, splits: int = 10, seed: int = 0,
 ) -> dict[str, float]:  # fmt: skip
-    """FID and Inception Score of `num` generated images, computed by all processes, same in all.
+    """FID and Inception Score of `num` generated images.
 
     generate(first, count) returns the uint8 images first .. first + count - 1 of a fixed sequence.
     """
@@ -306,8 +284,6 @@ def score_generator(
     for first, count in batches(num, batch_size, "generated images"):
         features, logits[first : first + count] = net(generate(first, count))
         fake.update(features)
-    fake.all_reduce()
-    sum_over_processes(logits)
     scores = {"fid": frechet_distance(real, fake), "n_fake": num, "n_real": real.n}
     if logits.any():
         scores["is_mean"], scores["is_std"] = inception_score(logits.cpu(), splits, seed)

@@ -211,6 +211,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     together = len(photo) == 1 or not training
     yield together, f"--model consingan, --dataset image, --image must go together, got {got}"
     path, folder = find_checkpoint(args), run_folder(args)
+    one = WORLD == 1 or (training and not args.photo)
+    yield one, f"--mode {args.mode} of --model {args.model} must have 1 process, got {WORLD}"
     there = path.exists() or args.runs or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
@@ -223,7 +225,6 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     least = min(args.stages, args.niter, args.train_depth)
     yield least >= 1, f"--stages, --niter and --train-depth must be at least 1, got {least}"
     yield args.min_size >= 11, f"--min-size must be at least 11, what D sees, got {args.min_size}"
-    yield WORLD == 1 or not args.photo, f"--model consingan must have 1 process, got {WORLD}"
 
 
 # ---- 3. Layers -----------------------------------------------------------------------------------
@@ -767,35 +768,22 @@ def draw(sampler: Callable, generator: torch.Generator, *shape: int) -> Tensor:
     return sampler(shape, generator=generator, device=generator.device).chunk(WORLD)[RANK]
 
 
-def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> Tensor:
-    """Step `net` down the loss, averaged over the processes; return the norm of its gradient.
+def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> None:
+    """Step `net` down the loss, averaged over the processes.
 
     One flat all-reduce: a DistributedDataParallel wrapper is silently wrong around a penalty.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     opt.zero_grad()
     scaler.scale(loss).backward(inputs=params)
-    grads = [p.grad for p in params if p.grad is not None]
     if WORLD > 1:
+        grads = [p.grad for p in params if p.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         for grad, mean in zip(grads, (flat / WORLD).split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
-    scaler.unscale_(opt)
-    norm = nn.utils.get_total_norm(grads)
     scaler.step(opt)
     scaler.update()
-    return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm  # 0: the step was skipped
-
-
-def sync_buffers(*nets: nn.Module) -> None:
-    """Give every process the buffers of rank 0: batch statistics are each process's own.
-
-    Not counters, which agree: AveragedModel's is on the CPU, where NCCL cannot send it.
-    """
-    for buffer in nn.ModuleList(nets).buffers() if WORLD > 1 else ():
-        if buffer.ndim > 0:
-            dist.broadcast(buffer, 0)
 
 
 def load(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
@@ -816,68 +804,63 @@ class Run:
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
         if args.resume and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
-            self.step, self.best, self.sums, self.count = state["progress"]
+            self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
                 raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if RANK == 0:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
             self.board = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.clock, self.mark = time.perf_counter(), self.step
+        self.clock = time.perf_counter()
         print(f"{self.folder}: from step {self.step} to {args.total_steps}")
 
     def due(self, every: int) -> bool:
-        """Return whether what comes every so many steps (0: never), and at the end, is due."""
-        return every > 0 and (self.step % every == 0 or self.step == self.args.total_steps)
+        """Return whether what rank 0 does every so many steps (0: never) and at the end is due."""
+        last = self.step == self.args.total_steps
+        return RANK == 0 and every > 0 and (self.step % every == 0 or last)
 
     def log(self, terms: dict[str, Tensor]) -> None:
         """Count a step and sum its terms on the device; every `log_every` steps log their means."""
         self.sums = {k: v.detach().float() + self.sums.get(k, 0) for k, v in terms.items()}
         self.step, self.count = self.step + 1, self.count + 1
         if self.due(self.args.log_every):
-            means, now, total = self.means(), time.perf_counter(), self.args.total_steps
-            rate = (self.step - self.mark) / (now - self.clock)
-            left = timedelta(seconds=round((total - self.step) / rate))
-            text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
-            done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
-            print(f"{done}, {text}")
-            self.write(means | {"perf/steps_per_sec": rate})
-            self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
+            self.flush()
 
-    def means(self) -> dict[str, float]:
-        """Return the means of the interval's terms; exit with code 3 if one is not finite."""
-        self.sums = {name: float(value) for name, value in self.sums.items()}
-        for name, value in self.sums.items():
-            if not math.isfinite(value):
-                print(f"error: {name} is {value} at step {self.step}", file=sys.stderr)
+    def flush(self) -> None:
+        """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
+        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
                 raise SystemExit(3)
-        return {name: value / self.count for name, value in self.sums.items()}
+        rate, total = self.count / (time.perf_counter() - self.clock), self.args.total_steps
+        left = timedelta(seconds=round((total - self.step) / rate))
+        text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
+        done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
+        print(f"{done}, {text}")
+        self.write(means | {"perf/steps_per_sec": rate})
+        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
 
     def write(self, values: dict[str, float]) -> None:
         """Write values to TensorBoard."""
-        for name, value in values.items() if RANK == 0 else ():
+        for name, value in values.items():
             self.board.add_scalar(name, value, self.step)
 
     def save(self, name: str) -> None:
         """Write a checkpoint to a temporary file, then rename it."""
-        self.means()  # nothing is saved of a run that has gone wrong
-        sync_buffers(*(part for part in self.parts.values() if isinstance(part, nn.Module)))
+        if self.count:
+            self.flush()  # nothing is saved of a run that has gone wrong
         state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"args": asdict(self.args), "data": self.data}
-        state |= {"progress": (self.step, self.best, self.sums, self.count)}
-        if RANK == 0:
-            torch.save(state, self.folder / "checkpoint.tmp")
-            os.replace(self.folder / "checkpoint.tmp", self.folder / name)
+        state |= {"args": asdict(self.args), "data": self.data, "step": self.step}
+        torch.save(state | {"best": self.best}, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------
 def build(args: Args, device: torch.device) -> tuple[dict[str, nn.Module], nn.Module]:
-    """Return the networks by name, and the generator to show: the averaged one if there is one.
-
-    Its buffers are copied, not averaged: an averaged u would break spectral norm.
-    """
+    """Return the networks by name, and the generator to show: the averaged one if there is one."""
     nets = {"G": Generator(args).to(device), "D": Discriminator(args).to(device)}
-    if args.ema_decay:
+    if args.ema_decay:  # buffers are copied: an averaged u would break spectral norm
         nets["ema"] = AveragedModel(nets["G"], multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     return nets, nets["ema"].module if args.ema_decay else nets["G"]
 
@@ -900,7 +883,6 @@ def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
 
 def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: Path) -> dict:
     """Return FID and Inception Score of G against images (N, C, S, S), of the array file `file`."""
-    sync_buffers(G)
     count, z = min(args.fid_real or len(images), len(images)), eval_noise(args, args.fid_num)
     if count < len(images):
         images = images[torch.arange(count) * len(images) // count]
@@ -915,8 +897,7 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: 
 def write_scores(folder: Path, step: int, scores: dict, inception: nn.Module) -> None:
     """Write scores, their step and Inception's protocol to evaluate.json of a run's folder."""
     about = {"step": step, **inception.protocol}
-    if RANK == 0:
-        (folder / "evaluate.json").write_text(json.dumps(about | scores, indent=2))
+    (folder / "evaluate.json").write_text(json.dumps(about | scores, indent=2))
 
 
 def evaluate(args: Args) -> dict[str, float]:
@@ -1038,11 +1019,11 @@ def load_nets(args: Args, path: Path, device: torch.device) -> tuple[dict, nn.Mo
     if args.photo:
         state = load(path, {})
         pyramid = [state["G"][f"real{i}"] for i in range(len(state["G"]["amps"]))]
-        nets = build_pyramid(args, pyramid, state["progress"][0], device)
+        nets = build_pyramid(args, pyramid, state["step"], device)
         G = nets["G"]
     else:
         nets, G = build(args, device)
-    return nets, G, load(path, nets)["progress"][0]
+    return nets, G, load(path, nets)["step"]
 
 
 @torch.no_grad()
@@ -1133,18 +1114,18 @@ def train(args: Args) -> dict[str, float]:
                     fake = G(draw(torch.randn, noise, n, args.z_dim)).float()
                 real_logits, fake_logits = D(real).float(), D(fake).float()
             d_loss = d_real(real_logits).mean() + d_fake(fake_logits).mean()
-            d_norm = update(d_opt, D, d_loss, scaler)
+            update(d_opt, D, d_loss, scaler)
         with amp:
             g_loss = g_fake(D(G(draw(torch.randn, noise, n, args.z_dim))).float()).mean()
-        g_norm = update(g_opt, G, g_loss, scaler)
+        update(g_opt, G, g_loss, scaler)
         if args.ema_decay:
             nets["ema"].update_parameters(G)
         run.log({
             "loss/d": d_loss, "loss/g": g_loss, "logit/real": real_logits.mean(),
             "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm, **block_terms(g=G, d=D),
+            **block_terms(g=G, d=D),
         })  # fmt: skip
-        if run.due(args.sample_every) and RANK == 0:
+        if run.due(args.sample_every):
             grid = generate(shown, eval_noise(args, args.num_samples)) / 255
             save_image(grid, run.folder / f"samples/{run.step:07d}.png", nrow=math.isqrt(len(grid)))
         if run.due(args.eval_every):
@@ -1181,7 +1162,7 @@ def train_consingan(args: Args) -> dict[str, float]:
     args, path = replace(args, total_steps=args.stages * args.niter), find_checkpoint(args)
     device, _, scaler = setup(args)
     photo = load_pyramid(args)
-    step = load(path, {})["progress"][0] if args.resume and path.exists() else 0
+    step = load(path, {})["step"] if args.resume and path.exists() else 0
     torch.manual_seed(args.seed)
     nets = build_pyramid(args, photo, step, device)
     G, D = nets["G"], nets["D"]
@@ -1214,16 +1195,16 @@ def train_consingan(args: Args) -> dict[str, float]:
             eps = draw(torch.rand, noise, 1, 1, 1, 1)
             penalty = pixel_penalty(D, real, fake.detach(), eps)
             d_loss = fake_logits.mean() - real_logits.mean() + 0.1 * penalty
-            d_norm = update(d_opt, D, d_loss, scaler)
+            update(d_opt, D, d_loss, scaler)
         rec_loss = F.mse_loss(rec, real)
         g_loss = 10 * rec_loss - D(fake).mean()
-        g_norm = update(g_opt, G, g_loss, scaler)
+        update(g_opt, G, g_loss, scaler)
         for _ in range(2):  # three steps on the same gradient, as the released code
             g_opt.step()
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/rec": rec_loss,
             "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            "grad/d_norm": d_norm, "grad/g_norm": g_norm, **block_terms(g=G),
+            **block_terms(g=G),
         })  # fmt: skip
         ended = run.step % args.niter == 0
         if ended or run.due(args.sample_every):
@@ -1250,7 +1231,6 @@ def stop(number: int, frame: object) -> None:
     """Let the training end after this step; a second signal ends the process at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("ending after this step; once more to end at once")
 
 
 def main() -> None:

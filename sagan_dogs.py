@@ -177,6 +177,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     batch, size = args.batch_size, args.img_size
     yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
+    yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
     there = path.exists() or (training and not args.checkpoint) or bool(args.runs)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
@@ -185,8 +186,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     sides = [4 * 2**i for i in range(len(widths(args, 1)))]
     for flag, given in (("attn-g", args.attn_g), ("attn-d", args.attn_d)):
         yield set(given) <= set(sides), f"--{flag} must be of {sides}, got {list(given)}"
-    rule = args.eval_every > 0 or not args.early_stop
-    yield rule, f"--eval-every must be above 0 with --early-stop, got {args.eval_every}"
+    rule = not args.early_stop or (args.eval_every > 0 and WORLD == 1)
+    yield rule, "--early-stop must go with an --eval-every above 0 and one process"
 
 
 # ---- 3. Layers -----------------------------------------------------------------------------------
@@ -503,35 +504,22 @@ def draw(sampler: Callable, generator: torch.Generator, *shape: int) -> Tensor:
     return sampler(shape, generator=generator, device=generator.device).chunk(WORLD)[RANK]
 
 
-def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> Tensor:
-    """Step `net` down the loss, averaged over the processes; return the norm of its gradient.
+def update(opt: torch.optim.Optimizer, net: nn.Module, loss: Tensor, scaler: GradScaler) -> None:
+    """Step `net` down the loss, averaged over the processes.
 
     One flat all-reduce: a DistributedDataParallel wrapper is silently wrong around a penalty.
     """
     params = [p for p in net.parameters() if p.requires_grad]
     opt.zero_grad()
     scaler.scale(loss).backward(inputs=params)
-    grads = [p.grad for p in params if p.grad is not None]
     if WORLD > 1:
+        grads = [p.grad for p in params if p.grad is not None]
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         for grad, mean in zip(grads, (flat / WORLD).split([grad.numel() for grad in grads])):
             grad.copy_(mean.view_as(grad))
-    scaler.unscale_(opt)
-    norm = nn.utils.get_total_norm(grads)
     scaler.step(opt)
     scaler.update()
-    return norm.nan_to_num(0, 0, 0) if scaler.is_enabled() else norm  # 0: the step was skipped
-
-
-def sync_buffers(*nets: nn.Module) -> None:
-    """Give every process the buffers of rank 0: batch statistics are each process's own.
-
-    Not counters, which agree: AveragedModel's is on the CPU, where NCCL cannot send it.
-    """
-    for buffer in nn.ModuleList(nets).buffers() if WORLD > 1 else ():
-        if buffer.ndim > 0:
-            dist.broadcast(buffer, 0)
 
 
 def load(path: Path, parts: dict[str, Any]) -> dict[str, Any]:
@@ -552,58 +540,56 @@ class Run:
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
         if args.resume and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
-            self.step, self.best, self.sums, self.count = state["progress"]
+            self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
                 raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         if RANK == 0:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             (self.folder / "args.json").write_text(json.dumps(asdict(args), indent=2))
             self.board = SummaryWriter(self.folder, purge_step=self.step + 1)
-        self.clock, self.mark = time.perf_counter(), self.step
+        self.clock = time.perf_counter()
         print(f"{self.folder}: from step {self.step} to {args.total_steps}")
 
     def due(self, every: int) -> bool:
-        """Return whether what comes every so many steps (0: never), and at the end, is due."""
-        return every > 0 and (self.step % every == 0 or self.step == self.args.total_steps)
+        """Return whether what rank 0 does every so many steps (0: never) and at the end is due."""
+        last = self.step == self.args.total_steps
+        return RANK == 0 and every > 0 and (self.step % every == 0 or last)
 
     def log(self, terms: dict[str, Tensor]) -> None:
         """Count a step and sum its terms on the device; every `log_every` steps log their means."""
         self.sums = {k: v.detach().float() + self.sums.get(k, 0) for k, v in terms.items()}
         self.step, self.count = self.step + 1, self.count + 1
         if self.due(self.args.log_every):
-            means, now, total = self.means(), time.perf_counter(), self.args.total_steps
-            rate = (self.step - self.mark) / (now - self.clock)
-            left = timedelta(seconds=round((total - self.step) / rate))
-            text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
-            done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
-            print(f"{done}, {text}")
-            self.write(means | {"perf/steps_per_sec": rate})
-            self.sums, self.count, self.clock, self.mark = {}, 0, now, self.step
+            self.flush()
 
-    def means(self) -> dict[str, float]:
-        """Return the means of the interval's terms; exit with code 3 if one is not finite."""
-        self.sums = {name: float(value) for name, value in self.sums.items()}
-        for name, value in self.sums.items():
-            if not math.isfinite(value):
-                print(f"error: {name} is {value} at step {self.step}", file=sys.stderr)
+    def flush(self) -> None:
+        """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
+        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
                 raise SystemExit(3)
-        return {name: value / self.count for name, value in self.sums.items()}
+        rate, total = self.count / (time.perf_counter() - self.clock), self.args.total_steps
+        left = timedelta(seconds=round((total - self.step) / rate))
+        text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
+        done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
+        print(f"{done}, {text}")
+        self.write(means | {"perf/steps_per_sec": rate})
+        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
 
     def write(self, values: dict[str, float]) -> None:
         """Write values to TensorBoard."""
-        for name, value in values.items() if RANK == 0 else ():
+        for name, value in values.items():
             self.board.add_scalar(name, value, self.step)
 
     def save(self, name: str) -> None:
         """Write a checkpoint to a temporary file, then rename it."""
-        self.means()  # nothing is saved of a run that has gone wrong
-        sync_buffers(*(part for part in self.parts.values() if isinstance(part, nn.Module)))
+        if self.count:
+            self.flush()  # nothing is saved of a run that has gone wrong
         state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"args": asdict(self.args), "data": self.data}
-        state |= {"progress": (self.step, self.best, self.sums, self.count)}
-        if RANK == 0:
-            torch.save(state, self.folder / "checkpoint.tmp")
-            os.replace(self.folder / "checkpoint.tmp", self.folder / name)
+        state |= {"args": asdict(self.args), "data": self.data, "step": self.step}
+        torch.save(state | {"best": self.best}, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
 
 # ---- 8. Evaluation -------------------------------------------------------------------------------
@@ -649,21 +635,15 @@ class History(dict):
         return self | {"sum": float(self["sum"])}
 
     def close(self, step: int, score: float) -> None:
-        """Append the row of an evaluation, the same in all processes."""
-        mean = self["sum"] / self["count"]
-        if WORLD > 1:
-            dist.all_reduce(mean)
-        self["rows"].append((step, score, mean.item() / WORLD))
+        """Append the row of an evaluation."""
+        self["rows"].append((step, score, float(self["sum"]) / self["count"]))
         self.update(sum=0.0, count=0)
 
 
 def build(args: Args, device: torch.device) -> tuple[dict[str, nn.Module], nn.Module]:
-    """Return the networks by name, and the generator to show: the averaged one if there is one.
-
-    Its buffers are copied, not averaged: an averaged u would break spectral norm.
-    """
+    """Return the networks by name, and the generator to show: the averaged one if there is one."""
     nets = {"G": Generator(args).to(device), "D": Discriminator(args).to(device)}
-    if args.ema_decay:
+    if args.ema_decay:  # buffers are copied: an averaged u would break spectral norm
         nets["ema"] = AveragedModel(nets["G"], multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
     return nets, nets["ema"].module if args.ema_decay else nets["G"]
 
@@ -686,7 +666,6 @@ def generate(G: nn.Module, *inputs: Tensor) -> Tensor:
 
 def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: Path) -> dict:
     """Return FID and Inception Score of G against images (N, C, S, S), of the array file `file`."""
-    sync_buffers(G)
     count, z = min(args.fid_real or len(images), len(images)), eval_noise(args, args.fid_num)
     if count < len(images):
         images = images[torch.arange(count) * len(images) // count]
@@ -704,10 +683,9 @@ def evaluate(args: Args) -> dict[str, float]:
     inception = fid.load_inception(args.fid_weights, device)
     images, _, file = load_images(args, device)
     nets, G = build(args, device)
-    about = {"step": load(path, nets)["progress"][0], **inception.protocol}
-    scores = score(args, inception, G, images, file)
-    if RANK == 0:
-        path.with_name("evaluate.json").write_text(json.dumps(about | scores, indent=2))
+    about = {"step": load(path, nets)["step"], **inception.protocol}
+    scores = about | score(args, inception, G, images, file)
+    path.with_name("evaluate.json").write_text(json.dumps(scores, indent=2))
     return scores
 
 
@@ -739,7 +717,7 @@ def sample(args: Args) -> None:
         return compare_attention(args)
     device, path = setup(args)[0], find_checkpoint(args)
     nets, G = build(args, device)
-    step, z = load(path, nets)["progress"][0], eval_noise(args, args.num_samples)
+    step, z = load(path, nets)["step"], eval_noise(args, args.num_samples)
     write_images(path.parent / f"generated/{step}", generate(G, z).cpu() / 255)
     if args.attn_g and args.attention in ("full", "no-d"):
         cells = draw_attention(G, z[:4], args.query)
@@ -802,18 +780,19 @@ def train(args: Args) -> dict[str, float]:
                     fake = G(draw(torch.randn, noise, n, args.z_dim)).float()
                 real_logits, fake_logits = D(real).float(), D(fake).float()
             d_loss = d_real(real_logits).mean() + d_fake(fake_logits).mean()  # Eq. 2
-            d_norm = update(d_opt, D, d_loss, scaler)
+            update(d_opt, D, d_loss, scaler)
         with amp:
             g_loss = g_fake(D(G(draw(torch.randn, noise, n, args.z_dim))).float()).mean()  # Eq. 3
-        g_norm = update(g_opt, G, g_loss, scaler)
+        update(g_opt, G, g_loss, scaler)
         if args.ema_decay:
             nets["ema"].update_parameters(G)
         history.update(sum=history["sum"] + d_loss.detach(), count=history["count"] + 1)
         run.log({
-            "loss/d": d_loss, "loss/g": g_loss, "grad/d_norm": d_norm, "grad/g_norm": g_norm,
-            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(), **gammas,
+            "loss/d": d_loss, "loss/g": g_loss, "logit/real": real_logits.mean(),
+            "logit/fake": fake_logits.mean(), **gammas,
         })  # fmt: skip
-        if (run.due(args.sample_every) or run.step in args.milestones) and RANK == 0:
+        milestone = RANK == 0 and run.step in args.milestones
+        if run.due(args.sample_every) or milestone:
             grid = generate(shown, eval_noise(args, args.num_samples)) / 255
             save_image(grid, run.folder / f"samples/{run.step:07d}.png", nrow=math.isqrt(len(grid)))
         if run.due(args.eval_every):
@@ -827,7 +806,7 @@ def train(args: Args) -> dict[str, float]:
             for name in ("t_fid", "t_best"):
                 if found[name] == run.step:
                     run.save(f"{name}.pt")
-        if run.step in args.milestones:
+        if milestone:
             run.save(f"step-{run.step:07d}.pt")
         if run.due(args.save_every):
             run.save("checkpoint.pt")
@@ -844,7 +823,6 @@ def stop(number: int, frame: object) -> None:
     """Let the training end after this step; a second signal ends the process at once."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)
-    print("ending after this step; once more to end at once")
 
 
 def main() -> None:

@@ -330,7 +330,7 @@ def test_scores_of_the_data_and_of_classes(tmp_path, monkeypatch):
     data = images, torch.arange(60) % 3, tmp_path / "images.npy"
     for name, value in {
         "fid.load_inception": StubInception(), "load_images": data, "build": ({}, G), "settled": G,
-        "load": {"progress": (7, 0)}, "find_checkpoint": tmp_path / "best.pt",
+        "load": {"step": 7}, "find_checkpoint": tmp_path / "best.pt",
     }.items():  # fmt: skip
         monkeypatch.setattr(f"an_gan.{name}", lambda *a, value=value: value)
     found = an_gan.evaluate(args)

@@ -453,7 +453,7 @@ def generator():
     args = Args(**SMALL)
     noise("RGB").save("p.png")
     Image.new("L", (35, 26), 255).save("m.png")
-    state = {"G": Generator(args).state_dict(), "args": vars(args), "progress": (3,)}
+    state = {"G": Generator(args).state_dict(), "args": vars(args), "step": 3}
     torch.save(state, "generator.pt")
     return ["--mode", "inpaint", "--checkpoint", "generator.pt"]
 
@@ -537,8 +537,8 @@ def test_two_phases_their_best_checkpoints_and_pictures(call, monkeypatch):
     run = Path("runs/an_inpaint__folder__an__s1")
     names = ("best-phase1", "best", "generator", "checkpoint")
     state = [torch.load(run / f"{name}.pt", weights_only=True) for name in names]
-    assert [content["progress"][0] for content in state] == [1, 3, 3, 4]
-    assert state[2].keys() == {"G", "args", "progress"}
+    assert [content["step"] for content in state] == [1, 3, 3, 4]
+    assert state[2].keys() == {"G", "args", "step"}
     critics = [content["D"]["critics.1.layers.0.weight"] for content in state if "D" in content]
     torch.manual_seed(1)
     args = Args(**SMALL | {"g_ch": 4})

@@ -1,11 +1,9 @@
-"""fid.py: parity with pytorch-fid on equal weights, closed forms, files, processes, bad input."""
+"""fid.py: parity with pytorch-fid on equal weights, closed forms, files, bad input."""
 
 import hashlib
 import json
 import os
-import subprocess
 import sys
-import textwrap
 
 import fid
 import numpy as np
@@ -14,7 +12,6 @@ import pytorch_fid.inception
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
 from pytorch_fid.fid_score import compute_statistics_of_path, get_activations
 from torchvision.models.inception import Inception3
@@ -308,39 +305,6 @@ def test_the_cache_is_used_only_if_everything_is_equal(net, tmp_path, monkeypatc
         fid.frechet_distance(first, other)
     with pytest.warns(UserWarning, match="not kept in .*nowhere"):  # the run goes on
         assert fid.dataset_moments(net, images, 4, tmp_path / "nowhere" / "m.npz").n == 4
-
-
-PROCESS = """
-    import json, sys, torch, torch.distributed as dist, fid
-    from pathlib import Path
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    net = fid.load_inception("random")
-    real, fake = torch.load(folder / "images.pt", weights_only=True)
-    cache = folder / f"cache-{rank}.npz"  # only process 0 finds one the second time
-    moments = fid.dataset_moments(net, real, 3, cache)
-    again = fid.dataset_moments(net, real, 3, cache)
-    assert again.sigma.tobytes() == moments.sigma.tobytes()
-    scores = fid.score_generator(net, lambda a, n: fake[a:a + n], len(fake), 3, moments, splits=2)
-    (folder / f"scores-{rank}.json").write_text(json.dumps(scores))
-"""
-
-
-def test_two_processes_give_the_scores_of_one(tmp_path):
-    real, fake = make_images(5, 0), make_images(4, 1)
-    torch.save((real, fake), tmp_path / "images.pt")
-    (tmp_path / "process.py").write_text(textwrap.dedent(PROCESS))
-    env, running = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
-    for rank in "01":
-        command = [sys.executable, tmp_path / "process.py", rank, tmp_path]
-        running.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=240)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
-    first, second = (json.loads((tmp_path / f"scores-{rank}.json").read_text()) for rank in "01")
-    alone = score(fid.load_inception("random"), real, fake, 4)
-    assert first == second == pytest.approx(alone, rel=1e-5)
-    assert not (tmp_path / "cache-1.npz").exists()
 
 
 def test_intra_fid_is_the_mean_of_its_classes():

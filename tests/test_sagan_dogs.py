@@ -301,7 +301,7 @@ def test_history_survives_a_checkpoint(tmp_path):
 
 
 def step_of(folder, name="checkpoint.pt"):
-    return state(folder, name)["progress"][0]
+    return state(folder, name)["step"]
 
 
 @pytest.fixture
@@ -473,7 +473,7 @@ def test_missing_archives_are_named_with_their_address(tmp_path, call):
         ("--img-size 48", "--img-size must be 32, 64 or 128, got 48"),
         ("--attn-g 64", "--attn-g must be of [4, 8, 16, 32], got [64]"),
         ("--img-size 32 --attn-d 32", "--attn-d must be of [4, 8, 16], got [32]"),
-        ("--early-stop --eval-every 0", "--eval-every must be above 0 with --early-stop, got 0"),
+        ("--early-stop --eval-every 0", "--early-stop must go with an --eval-every above 0 and one process"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, call):
