@@ -1,4 +1,4 @@
-"""The shared data block: real on-disk formats, photographs as people have them, the decoded file."""
+"""The shared data block: on-disk formats, photographs as people have them, the decoded file."""
 
 import os
 import pickle
@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torchvision.datasets import CIFAR10, CelebA
 
 import giu_gan
 from giu_gan import Args
@@ -58,31 +59,28 @@ def test_a_folder_is_read_in_sorted_order_with_class_labels(tree, capsys):
     assert load()[1] == [1, 1, 2, 2, 0]  # directly in the folder: a class of its own
 
 
-def test_images_are_upright_on_white_and_of_eight_bits(tree):
-    shutil.rmtree(tree)
+def test_images_are_upright_on_white_and_of_eight_bits():
+    write_image(Path("tree/1.png"), (200, 0, 0, 0), mode="RGBA")  # hidden red
     half = Image.new("RGB", (32, 32), (255, 255, 255))
     half.paste((0, 0, 0), (0, 0, 32, 16))  # the upper half
-    tree.mkdir()
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
-    half.save(tree / "0.png", exif=exif)
-    write_image(tree / "1.png", (200, 0, 0, 0), mode="RGBA")  # hidden red
-    Image.fromarray(np.full((40, 30), 65535 // 2, np.uint16)).save(tree / "2.png")
+    half.save("tree/0.png", exif=exif)
+    Image.fromarray(np.full((40, 30), 65535 // 2, np.uint16)).save("tree/2.png")
     images = load()[0]
     assert images[0, :, :15].min() > 250 and images[0, :, 17:].max() < 5
     assert (images[1] == 255).all()
     assert (images[2] == 127).all() or (images[2] == 128).all()
 
 
-def test_crop_cuts_the_central_square_before_an_antialiased_resize(tree):
-    shutil.rmtree(tree)
-    tree.mkdir()
+def test_crop_cuts_the_central_square_before_an_antialiased_resize():
+    Path("tree").mkdir()
     image = Image.new("RGB", (100, 100))
     image.paste((255, 255, 255), (25, 25, 75, 75))
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
-    image.save(tree / "x.png")
-    Image.fromarray(stripes).save(tree / "y.png")
+    image.save("tree/x.png")
+    Image.fromarray(stripes).save("tree/y.png")
     assert (load(crop=50)[0][0] == 255).all()
     images = load()[0].float()
     assert abs(images[0].mean() - 255 / 4) < 4
@@ -91,6 +89,8 @@ def test_crop_cuts_the_central_square_before_an_antialiased_resize(tree):
 
 
 def test_the_decoded_file_is_made_once_and_its_name_holds_what_decides_it(tree, capsys):
+    assert Path("elsewhere") in load(cache_dir="elsewhere")[2].parents
+    assert "decoding" in capsys.readouterr().out and not (tree / "cache").exists()
     file = load()[2]
     stamp = file.stat().st_mtime_ns
     assert "decoding" in capsys.readouterr().out
@@ -119,16 +119,13 @@ def test_what_a_run_writes_is_never_data(tree):
     assert len(load(out_dir=".")[0]) == 5  # the folder of all runs is not below the data
 
 
-def test_another_place_for_the_decoded_file(tree):
-    images, _, file = load(cache_dir="elsewhere")
-    assert Path("elsewhere") in file.parents and not (tree / "cache").exists()
-
-
-def test_an_unreadable_image_is_named_and_nothing_half_done_stays(tree, call):
+def test_too_few_and_unreadable_images_are_named_and_nothing_half_done_stays(tree, call):
+    flags = "--dataset folder --data-dir tree --eval-every 0 --batch-size".split()
+    code, _, err = call("giu_gan", *flags, "8")
+    assert code == 2 and err.splitlines()[-1].startswith("error: --batch-size must be at most 4")
     whole = (tree / "a" / "wide.PNG").read_bytes()
     (tree / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    flags = "--dataset folder --data-dir tree --batch-size 2 --eval-every 0".split()
-    code, out, err = call("giu_gan", *flags)
+    code, _, err = call("giu_gan", *flags, "2")
     assert code == 2 and "b/cut.png" in err and err.startswith("error: "), err
     assert not [path for path in tree.rglob("*") if "cache" in path.parts and path.is_file()]
 
@@ -142,15 +139,7 @@ def test_a_full_disk_while_decoding_is_one_line(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_fewer_images_than_a_batch_is_an_error(tree, call):
-    flags = "--dataset folder --data-dir tree --batch-size 8 --eval-every 0".split()
-    code, out, err = call("giu_gan", *flags)
-    assert code == 2 and err.splitlines()[-1].startswith("error: --batch-size must be at most 4")
-
-
 def test_cifar10_in_its_on_disk_format(tmp_path, monkeypatch):
-    from torchvision.datasets import CIFAR10
-
     base = tmp_path / "data" / CIFAR10.base_folder
     base.mkdir(parents=True)
     rng, names = np.random.default_rng(0), [f"data_batch_{i}" for i in range(1, 6)]
@@ -165,9 +154,8 @@ def test_cifar10_in_its_on_disk_format(tmp_path, monkeypatch):
     assert np.array_equal(images, pixels.reshape(10, 3, 32, 32)) and labels == [3, 8] * 5
 
 
-def celeba(root):
-    """Four pictures and the lists of CelebA."""
-    base, names = root / "celeba", [f"{i:06d}.jpg" for i in range(1, 5)]
+def test_celeba_in_its_on_disk_format(tmp_path, monkeypatch):
+    base, names = tmp_path / "data" / "celeba", [f"{i:06d}.jpg" for i in range(1, 5)]
     for i, name in enumerate(names):
         write_image(base / "img_align_celeba" / name, (60 * i, 0, 0), size=(178, 218))
     rows = {
@@ -179,28 +167,20 @@ def celeba(root):
     }
     for name, lines in rows.items():
         (base / name).write_text("\n".join(lines) + "\n")
-
-
-def test_celeba_in_its_on_disk_format(tmp_path, monkeypatch):
-    from torchvision.datasets import CelebA
-
-    celeba(tmp_path / "data")
-    listed = [(key, None, name) for key, _, name in CelebA.file_list]
-    monkeypatch.setattr(CelebA, "file_list", listed)
+    monkeypatch.setattr(CelebA, "file_list", [(a, None, b) for a, _, b in CelebA.file_list])
     images, _, _ = load(dataset="celeba", data_dir="data", img_size=64, crop=160)
     assert images.shape == (4, 3, 64, 64)  # all three splits
     assert [round(image[0].float().mean().item() / 60) for image in images] == [0, 1, 2, 3]
 
 
 def test_a_missing_celeba_says_what_to_do(call, monkeypatch):
-    from torchvision.datasets import CelebA
-
     def download(self):
         raise RuntimeError("To download files from GDrive, 'gdown' is required.")
 
     monkeypatch.setattr(CelebA, "download", download)
-    code, out, err = call("giu_gan", "--dataset", "celeba", "--eval-every", "0")
-    assert code == 2 and "pip install gdown" in err and "--dataset folder --crop 160 --img-size 64" in err
+    code, _, err = call("giu_gan", "--dataset", "celeba", "--eval-every", "0")
+    assert code == 2 and "pip install gdown" in err
+    assert "--dataset folder --crop 160 --img-size 64" in err
 
 
 def test_shapes_are_mirrored_and_fixed():
@@ -217,7 +197,7 @@ def stream(images, first=0, count=6, **flags):
     return [next(found) for _ in range(count)]
 
 
-def test_batches_are_a_function_of_seed_and_number():
+def test_batches_are_a_function_of_seed_and_number_and_shared_out(monkeypatch):
     images = torch.arange(11 * 3 * 4 * 4).to(torch.uint8).view(11, 3, 4, 4)
     whole = stream(images)
     for (a, ya), (b, yb) in zip(whole[3:], stream(images, first=3, count=3)):
@@ -228,6 +208,13 @@ def test_batches_are_a_function_of_seed_and_number():
     assert not torch.equal(whole[0][1], stream(images, seed=4)[0][1])
     real, y = whole[0]
     assert real.dtype == torch.float32 and torch.equal(real, images[y].float() / 127.5 - 1)
+    shares = []
+    monkeypatch.setattr(giu_gan, "WORLD", 2)
+    for rank in range(2):
+        monkeypatch.setattr(giu_gan, "RANK", rank)
+        shares.append(stream(images))
+    for (_, y), (_, first), (_, second) in zip(whole, *shares):
+        assert torch.equal(y, torch.cat([first, second]))
 
 
 def test_hflip_mirrors_half_of_the_images_anew_in_each_epoch():
@@ -241,20 +228,9 @@ def test_hflip_mirrors_half_of_the_images_anew_in_each_epoch():
     assert all(16 < len(found) < 48 for found in mirrored) and mirrored[0] != mirrored[1]
 
 
-def test_processes_share_a_batch_out(monkeypatch):
-    images, parts = torch.zeros(16, 3, 4, 4, dtype=torch.uint8), []
-    together = [y for _, y in stream(images)]
-    monkeypatch.setattr(giu_gan, "WORLD", 2)
-    for rank in range(2):
-        monkeypatch.setattr(giu_gan, "RANK", rank)
-        parts.append([y for _, y in stream(images)])
-    for whole, first, second in zip(together, *parts):
-        assert torch.equal(whole, torch.cat([first, second]))
-
-
 def test_uint8_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    G = torch.nn.Sequential(torch.nn.Identity())
+    G = torch.nn.Identity()
     G.scale = torch.nn.Parameter(torch.ones(()))  # generate() asks a parameter for the device
     for off in (-0.4, 0, 0.4):  # rounded, not cut
         assert torch.equal(giu_gan.generate(G, (levels.float() + off) / 127.5 - 1), levels)
