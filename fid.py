@@ -421,6 +421,9 @@ def compare_folders(args: Args) -> dict[str, Any]:
     files = {path: image_files(path) for path in paths if path not in stored}
     if args.intra:
         classes = {p / f.relative_to(p).parts[0] for p in files for f in files[p]}
+        sides = [{f.name for f in classes if f.parent == path} for path in paths]
+        if odd := sides[0] ^ sides[1]:
+            raise ValueError(f"--intra: on one side only: class {', '.join(sorted(odd))}")
         files |= {folder: image_files(folder) for folder in sorted(classes)}
     for folder, images in files.items():
         if len(images) < (least := args.splits if args.isc and folder == paths[-1] else 2):

@@ -394,6 +394,7 @@ def test_command_sifid_and_names_that_are_no_text(tmp_path, run):
     ("real fake --isc", "fake: at least 10 images are needed, got 3"),
     ("real one", "one: at least 2 images are needed, got 1"),
     ("classes classes --intra", "classes/a: at least 2 images are needed, got 1"),
+    ("classes others --intra", "on one side only: class a"),
     ("real fake --save out.npy", "--save must name a new .npz file"),
     ("real fake --save stats.npz", "--save must name a new .npz file"),
     ("real stats.npz --isc", "need folders of images"), ("real fake --intre", "--intre"),
@@ -402,7 +403,7 @@ def test_command_sifid_and_names_that_are_no_text(tmp_path, run):
     ("cut fake --weights random", "error: cut/001.png cannot be read"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(command, words, tmp_path, run):
-    for name in ("real", "fake", "cut", "one", "classes/a", "classes/b"):
+    for name in ("real", "fake", "cut", "one", "classes/a", "classes/b", "others/b"):
         save_images(make_images(1 if name in ("one", "classes/a") else 3, 0), tmp_path / name)
     os.truncate("cut/001.png", 60)
     (tmp_path / "empty").mkdir()

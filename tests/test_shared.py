@@ -86,6 +86,11 @@ def test_lengths(script):
     assert not [number for number, line in enumerate(lines, 1) if len(line) > 100]
 
 
+def test_the_suite_is_short():
+    files = (ROOT / "tests").rglob("*.py")
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 4500
+
+
 @every_script
 def test_a_script_imports_nothing_of_ours_but_fid(script):
     ours = {name for name in SCRIPTS if name != script} | {"tests", "conftest"}
