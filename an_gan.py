@@ -1020,6 +1020,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     if dist.is_initialized():
+        dist.barrier()  # rank 0 may still be evaluating
         dist.destroy_process_group()  # its threads must not outlive the interpreter
     if STOP:
         print("stopped: add --resume to go on")
