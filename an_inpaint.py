@@ -753,9 +753,9 @@ class Run:
         """Write a checkpoint to a temporary file, then rename it."""
         if self.count:
             self.flush()  # nothing is saved of a run that has gone wrong
-        state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"args": asdict(self.args), "data": self.data, "step": self.step}
-        torch.save(state | {"best": self.best}, self.folder / "checkpoint.tmp")
+        state = {"args": asdict(self.args), "data": self.data, "step": self.step, "best": self.best}
+        state |= {key: part.state_dict() for key, part in self.parts.items()}
+        torch.save(state, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
 

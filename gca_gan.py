@@ -850,9 +850,9 @@ class Run:
         """Write a checkpoint to a temporary file, then rename it."""
         if self.count:
             self.flush()  # nothing is saved of a run that has gone wrong
-        state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"args": asdict(self.args), "data": self.data, "step": self.step}
-        torch.save(state | {"best": self.best}, self.folder / "checkpoint.tmp")
+        state = {"args": asdict(self.args), "data": self.data, "step": self.step, "best": self.best}
+        state |= {key: part.state_dict() for key, part in self.parts.items()}
+        torch.save(state, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self.folder / name)
 
 
@@ -1122,8 +1122,7 @@ def train(args: Args) -> dict[str, float]:
             nets["ema"].update_parameters(G)
         run.log({
             "loss/d": d_loss, "loss/g": g_loss, "logit/real": real_logits.mean(),
-            "logit/fake": fake_logits.mean(),
-            **block_terms(g=G, d=D),
+            "logit/fake": fake_logits.mean(), **block_terms(g=G, d=D),
         })  # fmt: skip
         if run.due(args.sample_every):
             grid = generate(shown, eval_noise(args, args.num_samples)) / 255
@@ -1203,8 +1202,7 @@ def train_consingan(args: Args) -> dict[str, float]:
             g_opt.step()
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/rec": rec_loss,
-            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(),
-            **block_terms(g=G),
+            "logit/real": real_logits.mean(), "logit/fake": fake_logits.mean(), **block_terms(g=G),
         })  # fmt: skip
         ended = run.step % args.niter == 0
         if ended or run.due(args.sample_every):

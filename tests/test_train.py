@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import giu_gan
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, TINY, assert_close, restated, same, start, state
+from conftest import ROOT, SCRIPTS, assert_close, restated, same, start, state
 
-LEAN = [script for script in SCRIPTS if script in TINY]
-every_script = pytest.mark.parametrize("script", LEAN)
+every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def run_folder() -> Path:
@@ -232,16 +232,12 @@ def test_a_signal_saves_and_says_how_to_resume(number, tiny, tmp_path):
 
 
 def test_training_from_python_leaves_the_signal_handlers_alone(tiny):
-    import giu_gan
-
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     giu_gan.train(giu_gan.parse(tiny("giu_gan", "--total-steps 1")))
     assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_the_averaged_generator_is_the_one_that_is_shown(call, tiny):
-    import giu_gan
-
     flags = tiny("giu_gan", "--ema-decay 0.75 --save-every 1")
     weights, buffers, average = [], [], None
     for step in (1, 2, 3):
@@ -265,8 +261,6 @@ def test_the_averaged_generator_is_the_one_that_is_shown(call, tiny):
 
 
 def test_the_best_checkpoint_is_the_one_of_the_lowest_fid(call, tiny, monkeypatch):
-    import giu_gan
-
     fids = iter([9.0, 3.0, 5.0, 4.0])
     monkeypatch.setattr(giu_gan, "score", lambda *a: {"fid": next(fids)})
     flags = tiny("giu_gan", "--eval-every 1 --fid-weights random")
@@ -307,10 +301,8 @@ def test_a_batch_of_one_image_trains(script, call, tiny):
 
 
 def test_noise_depends_on_seed_step_and_stream():
-    import giu_gan
-
-    seeds = {giu_gan.seed_of(*key) for key in [(1, 1, 0), (1, 1, 1), (2, 1, 0), (1, 3, 0, 1),
-                                               (1, 3, 0, 2), (2**31 + 1, 1, 0)]}  # fmt: skip
+    keys = (1, 1, 0), (1, 1, 1), (2, 1, 0), (1, 3, 0, 1), (1, 3, 0, 2), (2**31 + 1, 1, 0)
+    seeds = {giu_gan.seed_of(*key) for key in keys}
     assert len(seeds) == 6 and max(seeds) < 2**32  # the CPU reads the low 32 bits only
 
 
@@ -337,8 +329,6 @@ def test_every_step_seeds_dropout_and_self_sampling(script, call, tiny, monkeypa
 
 
 def test_processes_draw_shares_of_the_same_noise(monkeypatch):
-    import giu_gan
-
     whole = giu_gan.draw(torch.randn, torch.Generator().manual_seed(5), 8, 3)
     monkeypatch.setattr(giu_gan, "WORLD", 2)
     parts = []
@@ -350,8 +340,6 @@ def test_processes_draw_shares_of_the_same_noise(monkeypatch):
 
 def test_an_update_is_adam_on_the_gradient_of_the_loss():
     """The fused optimiser reads raw memory: a gradient in another memory order scrambles weights."""
-    import giu_gan
-
     args = giu_gan.Args(g_ch=16, d_ch=16)
     D = giu_gan.Discriminator(args)
     d_opt = torch.optim.Adam(D.parameters(), 1e-3, (0.0, 0.9), fused=True)
@@ -367,8 +355,6 @@ def test_an_update_is_adam_on_the_gradient_of_the_loss():
 
 
 def test_rows_choose_their_defaults_and_given_flags_win():
-    import giu_gan
-
     args = giu_gan.parse("--dataset celeba --model lsgan --dry-run".split())
     assert (args.img_size, args.crop, args.z_dim) == (64, 160, 100)
     args = giu_gan.parse("--dataset celeba --img-size 128 --crop 0 --dry-run".split())
