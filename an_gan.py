@@ -12,8 +12,7 @@ D. Baselines of Table 1: AC-GAN, SN-GAN (SN in D only), SN-GAN* (in both network
     python an_gan.py --dataset imagenet --data-dir imagenet      # Table 1, AN, ImageNet 128x128
     python an_gan.py --dataset cifar10 --model sagan             # self-attention, CIFAR-10
     python an_gan.py --dataset folder --data-dir photos          # a subfolder for each class
-    python an_gan.py --dataset imagenet --data-dir imagenet --mode evaluate --intra-num 5000 \
-        --classes 825 974 979 991 14 141 247 282                 # Table 2
+    python an_gan.py --dataset imagenet --data-dir imagenet --mode evaluate --intra-num 5000
 
 Differences from the paper
  1. The supplement with the layers was not at hand: the networks are those of the bases that the
@@ -26,8 +25,8 @@ Differences from the paper
  5. Not stated: the weight of the orthogonality (1e-3; 2e-4 in the authors' code for inpainting),
     the max-pool of the keys (2x2), biases, orthonormal entity filters at the start. These are not
     under SN, which would hide their scale. Positions are drawn for each image, all different.
- 6. So the layout is nearly uniform at first (entropy 0.9994 of ln n): AN starts as plain instance
-    norm. `an/entropy_g` in the log shows whether it leaves that state.
+ 6. So the layout is nearly uniform at first (entropy above 0.999 of ln n): AN starts as plain
+    instance norm. `an/entropy_g` in the log shows whether it leaves that state.
  7. Not stated: Xavier-uniform weights, one D step, no mirroring, no average of the weights. SN-GAN
     and AC-GAN have the rates and the five D steps of SNGAN-projection, but not its decay.
  8. Labels of generated images are as frequent as in the data. Before images are drawn, batch norm's
@@ -90,7 +89,7 @@ class Args:
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 1_000_000  # generator updates to train for (Table 1)
-    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    log_every: int = 100  # steps between lines of the log; the last step ends every interval
     sample_every: int = 5_000  # steps between sample grids; 0: none
     eval_every: int = 20_000  # steps between evaluations; 0: none
     save_every: int = 5_000  # steps between checkpoints; 0: none
@@ -115,12 +114,10 @@ class Args:
     g_ch: int = 64  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
     entities: int = 16  # entities n of attentive normalization (Table 4)
-    region_stats: Literal["in", "bn"] = "in"
-    """statistics of an entity's region over one image (in) or over the batch (bn) (Table 4)"""
+    region_stats: Literal["in", "bn"] = "in"  # of a region: over an image or the batch (Table 4)
     self_sampling: bool = True  # let sampled positions attract the layout in training (Table 4)
     tau: float = 0.1  # factor of the layout's logits in the softmax over the entities
-    an_reading: Literal["weighted", "literal"] = "weighted"
-    """statistics of a region: weighted by its mask, or Eq. 5 as printed"""
+    an_reading: Literal["weighted", "literal"] = "weighted"  # by the mask, or Eq. 5 as printed
     # Optimisation
     batch_size: int = 256  # images per update, shared out over the processes
     n_critic: int = 1  # discriminator updates per generator update
@@ -161,12 +158,12 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     path, saved = find_checkpoint(first), {}
-    if path.exists() and (first.resume or first.mode != "train"):
+    if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
-    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda item: item[0] != "seed", saved.items())  # see Args
+    kept = [f"--{flag} {value}" for flag, value in fixed if getattr(args, flag) != value]
     if kept:
         raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
@@ -181,8 +178,9 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    batch, size, entities, intra = args.batch_size, args.img_size, args.entities, args.intra_num
-    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
+    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    n, size, entities, intra = args.batch_size, args.img_size, args.entities, args.intra_num
+    yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
     there = path.exists() or (training and not args.checkpoint)
@@ -192,9 +190,9 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield size in (32, 64, 128), f"--img-size must be 32, 64 or 128, got {size}"
     yield 0 < entities <= 256, f"--entities must be from 1 to 256, got {entities}"
     yield intra == 0 or intra >= 10, f"--intra-num must be 0 or at least 10, got {intra}"
-    known = range(args.num_classes or 2**31)  # of a folder they are counted later
-    inside = all(label in known for label in args.classes)
-    yield inside, f"--classes must be from 0 to {known.stop - 1}, got {args.classes}"
+    count = args.num_classes or math.inf  # of a folder they are counted later
+    inside = all(0 <= label < count for label in args.classes)
+    yield inside, f"--classes must be from 0 to {count - 1}, got {args.classes}"
 
 
 # ---- 3. Layers -----------------------------------------------------------------------------------
@@ -285,17 +283,18 @@ class AttentiveNorm(nn.Module):
         return (self.tau * raw).softmax(dim=1)
 
     def statistics(self, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance (N, n, C) of v (N, C, P) in the regions s (N, n, P)."""
-        mass = s.sum(dim=2, keepdim=True) + 1e-6 if self.weighted else v.shape[2]
-        mean = s @ v.transpose(1, 2) / mass
-        square = (s if self.weighted else s.square()) @ v.square().transpose(1, 2) / mass
-        return mean, square - mean.square()
+        """Return mean and variance (N, n, C), or (1, n, C) of the batch, of v (N, C, P) in s."""
+        count, weight = (s, s) if self.weighted else (torch.ones_like(s), s.square())
+        sums = count.sum(dim=2, keepdim=True), s @ v.mT, weight @ v.square().mT
+        mass, first, second = (x.sum(dim=0, keepdim=True) if self.batch else x for x in sums)
+        mean = first / (mass + 1e-6)
+        return mean, second / (mass + 1e-6) - mean.square()
 
     def regional_norm(self, v: Tensor, s: Tensor) -> Tensor:
         """Normalise v (N, C, P) in each of the regions s (N, n, P) and blend them, in fp32."""
         # The variance is a difference of two sums that a large mean would drown. Shifting v cancels
         # in the weighted reading: the gradient of the shift is zero.
-        centre = v.detach().mean(dim=2, keepdim=True) * self.weighted
+        centre = v.detach().mean((0, 2) if self.batch else 2, keepdim=True) * self.weighted
         v, centre = v - centre, centre.transpose(1, 2)
         if self.batch and not self.training:
             mean, var = self.running_mean - centre, self.running_var
@@ -313,13 +312,8 @@ class AttentiveNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s, v = self.layout(x).flatten(2), self.value(x).flatten(2)
         with autocast(x.device.type, enabled=False):
-            v = v.to(s.dtype)
-            if self.batch and self.training:  # the batch as one image of N H W pixels
-                s, v = (maps.transpose(0, 1).flatten(1)[None] for maps in (s, v))
-            out = self.regional_norm(v, s)
-            if self.batch and self.training:
-                out = out[0].unflatten(1, (len(x), -1)).transpose(0, 1)
-            return torch.addcmul(x.to(out.dtype), self.rho, out.reshape(x.shape)).to(x.dtype)
+            out = self.regional_norm(v.to(s.dtype), s).view(x.shape)
+            return torch.addcmul(x.to(out.dtype), self.rho, out).to(x.dtype)
 
 
 class PooledAttention(nn.Module):
@@ -336,15 +330,10 @@ class PooledAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self.query(x)
-        key, value = (F.max_pool2d(f(x), 2) for f in (self.key, self.value))
-        # Fused kernels never store the map (N, HW, HW / 4), but want queries and keys as wide as
-        # the values: zeros fill them up and leave the logits alone.
-        fill = [0, 0, 0, 0, 0, value.shape[1] - key.shape[1]]
-        maps = F.pad(query, fill), F.pad(key, fill), value
-        rows = (m.flatten(2).transpose(1, 2)[:, None].contiguous() for m in maps)
-        out = F.scaled_dot_product_attention(*rows, scale=1.0)[:, 0].transpose(1, 2)
-        return x + self.gamma * self.out(out.unflatten(2, x.shape[2:]))
+        query = self.query(x).flatten(2)
+        key, value = (F.max_pool2d(f(x), 2).flatten(2) for f in (self.key, self.value))
+        attn = (query.mT @ key).softmax(dim=2)  # (N, HW, HW / 4), rows sum to 1
+        return x + self.gamma * self.out((value @ attn.mT).unflatten(2, x.shape[2:]))
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
@@ -463,11 +452,6 @@ class Discriminator(nn.Module):
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
-# (D real, D fake, G) losses as functions of the logit s; their means over the batch are minimised.
-# The paper prints min(1 - D) for D, without the zero that it is cut at.
-HINGE = (lambda s: F.relu(1 - s), lambda s: F.relu(1 + s), lambda s: -s)
-
-
 def orthogonality(net: nn.Module) -> Tensor:
     """Return the sum over a network's AN modules of ||W W^T - I||_F^2, W (n, C) entity filters.
 
@@ -548,7 +532,8 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
+    content = zlib.crc32(repr([file[:2] for file in files]).encode())
+    times = zlib.crc32(repr(files).encode())
     folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
     path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
@@ -609,11 +594,11 @@ def run_folder(args: Args) -> Path:
 
 
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    if args.checkpoint:
+    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    best = run_folder(args) / "best.pt"
-    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
+    return best if best.exists() and args.mode != "train" else last
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -624,7 +609,7 @@ def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        torch.backends.cudnn.allow_tf32 = False  # gradient penalties are to be in fp32
         if args.amp == "auto":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
@@ -678,7 +663,7 @@ class Run:
         """Start in the run's folder or, with --resume, from its checkpoint."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if args.resume and find_checkpoint(args).exists():
+        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
             self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
@@ -704,7 +689,7 @@ class Run:
 
     def flush(self) -> None:
         """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack([*self.sums.values()]) / self.count).tolist()))
         for name, mean in means.items():
             if not math.isfinite(mean):
                 print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
@@ -786,8 +771,9 @@ def score(
         images = images[torch.arange(count) * len(images) // count]
     cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
-    fakes = (lambda first, n: generate(G, z[first : first + n], y[first : first + n])), len(y), 100
-    scores = fid.score_generator(inception, *fakes, real)
+    scores = fid.score_generator(
+        inception, lambda i, n: generate(G, z[i : i + n], y[i : i + n]), len(y), 100, real
+    )
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()), inception.label)
     return scores
 
@@ -835,12 +821,14 @@ def an_state(name: str, net: nn.Module, *inputs: Tensor) -> dict[str, float]:
     """Return the state of a net's AN module for the log.
 
     rho; entropy of the layout over ln n (1: uniform, AN is plain instance norm); number of entities
-    whose mean share is above 0.5 / n (1: one has all).
+    whose mean share is above 0.5 / n (1: one has all); with self-sampling the mean of t.
     """
     an, _, s = an_layout(net, *inputs)
     entropy = torch.special.entr(s).sum(dim=1).mean() / math.log(max(s.shape[1], 2))
     used = (s.mean(dim=(0, 2, 3)) > 0.5 / s.shape[1]).sum()
-    return {f"an/rho_{name}": an.rho, f"an/entropy_{name}": entropy, f"an/entities_{name}": used}
+    state = {"rho": an.rho, "entropy": entropy, "entities": used}
+    state |= {"t": an.t.mean()} if an.sampling else {}
+    return {f"an/{key}_{name}": value for key, value in state.items()}
 
 
 def grey(maps: Tensor, size: int) -> Tensor:
@@ -916,12 +904,13 @@ def sample(args: Args) -> None:
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
+    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -942,7 +931,6 @@ def train(args: Args) -> dict[str, float]:
     run = Run(args, file.parent.name, nets | {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler})
     data = batches(args, images, labels, device, run.step * args.n_critic)
     noise, n, scores = torch.Generator(device), args.batch_size, {}
-    d_real, d_fake, g_fake = HINGE
     while run.step < args.total_steps and not STOP:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
         torch.manual_seed(seed_of(args.seed, 3, run.step, RANK + 1))  # of self-sampling
@@ -954,13 +942,14 @@ def train(args: Args) -> dict[str, float]:
                     fake = G(z, fake_y).float()
                 # One by one: with --region-stats bn a joint batch would mix their statistics.
                 (real_logits, real_class), (fake_logits, fake_class) = D(real, y), D(fake, fake_y)
-            d_loss = d_real(real_logits).mean() + d_fake(fake_logits).mean()
+            # The hinge loss; the paper prints min(1 - D), without the zero that it is cut at.
+            d_loss = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
             d_class, d_ortho = real_class + fake_class, orthogonality(D)
             update(d_opt, D, d_loss + d_class + args.lambda_ortho * d_ortho, scaler)
         z, fake_y = draw(torch.randn, noise, n, args.z_dim), draw(G.labels, noise, n)
         with amp:
             fake_logits, g_class = D(G(z, fake_y), fake_y)
-        g_loss, g_ortho = g_fake(fake_logits).mean(), orthogonality(G)
+        g_loss, g_ortho = -fake_logits.mean(), orthogonality(G)
         update(g_opt, G, g_loss + g_class + args.lambda_ortho * g_ortho, scaler)
         if args.ema_decay:
             nets["ema"].update_parameters(G)
@@ -991,9 +980,9 @@ def train(args: Args) -> dict[str, float]:
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def stop(number: int, frame: object) -> None:
-    """Let the training end after this step; a second signal ends the process at once."""
+    """Let the training end after this step; a second signal interrupts it."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.default_int_handler)
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ generator alone of the latest of them (generator.pt), which mode inpaint takes.
     python an_inpaint.py --data-dir paris/train --eval-dir paris/test               # Table 3, AN
     python an_inpaint.py --data-dir paris/train --eval-dir paris/test --refine ca   # Table 3, CA
     python an_inpaint.py --data-dir photos --img-size 128      # every 20th photograph is held out
-    python an_inpaint.py --data-dir photos --img-size 128 --mode inpaint \\
-        --image photo.jpg --mask hole.png --output filled.png  # any size; white is missing
+    python an_inpaint.py --data-dir photos --img-size 128 --mode inpaint --image a.jpg --mask b.png
 
 Differences from the paper
  1. The layer tables are those of the authors' code, whose critics contain an attention layer that
@@ -26,18 +25,19 @@ Differences from the paper
     as printed (`--an-reading literal`) is no instance norm.
  3. The weight of the orthogonality, 1e-3 in both phases, is ours (not given).
  4. The weight of the reconstruction, 1.2, is DeepFill's (not given), of both stages' outputs in
-    both phases. `--reconstruction regional` averages over the hole and over the known pixels
-    separately, like the authors' code: 4 times Eq. 9's mean on random images. Their weights by
-    depth and their ID-MRF loss on VGG features are not in the paper and not here.
+    both phases. The authors' code averages over the hole and over the known pixels separately
+    (twice Eq. 9's mean on random images), weighs by depth, and adds an ID-MRF loss on VGG
+    features: not in the paper and not here.
  5. Critic steps (5) and batch (16) are the authors' code's, the phases' lengths (40,000) ours.
  6. Training holes are boxes at random places less up to 1/8 on each side, 96 to 128 pixels, one
     per image (the authors': one per batch). Table 3's holes are taken to be centred and 128x128.
  7. Photographs are upright, their short side resized to 256, then cropped at random; the authors
-    crop without resizing. Initialisation is PyTorch's.
+    crop without resizing. Initialisation is PyTorch's. Mixed precision on CUDA is ours.
  8. Range, region and compositing of Table 3's scores are not stated. Here: [0, 1], 8 bits, known
     pixels exact. The printed MAE fits twice this range, or no compositing.
  9. Contextual attention (Yu et al., 2018) favours runs of neighbouring matches, as its code does.
-10. Mode inpaint shrinks a large hole until its box fits the trained one, at the cost of detail.
+10. Mode inpaint takes photographs of any size; white or transparent in the mask is missing. A
+    large hole is shrunk until its box fits the trained one, at the cost of detail.
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class Args:
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 80_000  # generator updates to train for
-    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    log_every: int = 100  # steps between lines of the log; the last step ends every interval
     sample_every: int = 2_000  # steps between sample grids; 0: none
     eval_every: int = 2_000  # steps between evaluations; 0: none
     save_every: int = 2_000  # steps between checkpoints; 0: none
@@ -120,11 +120,9 @@ class Args:
     g_ch: int = 32  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
     entities: int = 16  # entities n of attentive normalization (Table 4)
-    region_stats: Literal["in", "bn"] = "in"
-    """statistics of an entity's region over one image (in) or over the batch (bn) (Table 4)"""
+    region_stats: Literal["in", "bn"] = "in"  # of a region: over an image or the batch (Table 4)
     self_sampling: bool = True  # let sampled positions attract the layout in training (Table 4)
-    an_reading: Literal["weighted", "literal"] = "weighted"
-    """statistics of a region: weighted by its mask, or Eq. 5 as printed"""
+    an_reading: Literal["weighted", "literal"] = "weighted"  # by the mask, or Eq. 5 as printed
     tau: float = 0.1  # factor of the layout's logits in the softmax over the entities
     local_critic: bool = True  # judge the box round the hole by a critic of its own, too
     # Optimisation
@@ -135,7 +133,6 @@ class Args:
     d_lr: float = 1e-4  # learning rate of the discriminator
     beta1: float = 0.5  # Adam's decay rate of the gradient's mean
     beta2: float = 0.9  # Adam's decay rate of the squared gradient's mean
-    reconstruction: Literal["full", "regional"] = "full"  # L1 of all (Eq. 9), or hole + known
     lambda_rec: float = 1.2  # weight of the reconstruction
     lambda_adv: float = 1e-3  # weight of the critics' scores in phase 2
     lambda_gp: float = 10.0  # weight of the gradient penalty
@@ -168,12 +165,12 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     path, saved = find_checkpoint(first), {}
-    if path.exists() and (first.resume or first.mode != "train"):
+    if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
-    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda item: item[0] != "seed", saved.items())  # see Args
+    kept = [f"--{flag} {value}" for flag, value in fixed if getattr(args, flag) != value]
     if kept:
         raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
@@ -187,18 +184,19 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     cuda = args.device != "cuda" or torch.cuda.is_available()
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
-    batch, size, side = args.batch_size, args.img_size, args.side
-    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
+    n, size, side = args.batch_size, args.img_size, args.side
+    yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
-    there = path.exists() or args.runs or (training and not args.checkpoint)
+    there = path.exists() or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
     fits = size >= 32 and size % 8 == 0
     yield fits, f"--img-size must be a multiple of 8, at least 32, got {size}"
     places = (size // 8) ** 2  # of the keys, max-pooled at a quarter of the size
-    yield args.entities <= places, f"--entities must be at most {places}, got {args.entities}"
+    sampled = 0 < args.entities <= places
+    yield sampled, f"--entities must be from 1 to {places}, got {args.entities}"
     yield 0 < side <= size, f"--box must be at most {size}, got {side}"
     yield 0 <= args.shrink < 0.5, f"--shrink must be from 0 to below 0.5, got {args.shrink}"
     boxed = args.train_mask in ("centre", "rect") or not args.local_critic
@@ -263,17 +261,18 @@ class AttentiveNorm(nn.Module):
         return (self.tau * raw).softmax(dim=1)
 
     def statistics(self, v: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance (N, n, C) of v (N, C, P) in the regions s (N, n, P)."""
-        mass = s.sum(dim=2, keepdim=True) + 1e-6 if self.weighted else v.shape[2]
-        mean = s @ v.transpose(1, 2) / mass
-        square = (s if self.weighted else s.square()) @ v.square().transpose(1, 2) / mass
-        return mean, square - mean.square()
+        """Return mean and variance (N, n, C), or (1, n, C) of the batch, of v (N, C, P) in s."""
+        count, weight = (s, s) if self.weighted else (torch.ones_like(s), s.square())
+        sums = count.sum(dim=2, keepdim=True), s @ v.mT, weight @ v.square().mT
+        mass, first, second = (x.sum(dim=0, keepdim=True) if self.batch else x for x in sums)
+        mean = first / (mass + 1e-6)
+        return mean, second / (mass + 1e-6) - mean.square()
 
     def regional_norm(self, v: Tensor, s: Tensor) -> Tensor:
         """Normalise v (N, C, P) in each of the regions s (N, n, P) and blend them, in fp32."""
         # The variance is a difference of two sums that a large mean would drown. Shifting v cancels
         # in the weighted reading: the gradient of the shift is zero.
-        centre = v.detach().mean(dim=2, keepdim=True) * self.weighted
+        centre = v.detach().mean((0, 2) if self.batch else 2, keepdim=True) * self.weighted
         v, centre = v - centre, centre.transpose(1, 2)
         if self.batch and not self.training:
             mean, var = self.running_mean - centre, self.running_var
@@ -291,13 +290,8 @@ class AttentiveNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s, v = self.layout(x).flatten(2), self.value(x).flatten(2)
         with autocast(x.device.type, enabled=False):
-            v = v.to(s.dtype)
-            if self.batch and self.training:  # the batch as one image of N H W pixels
-                s, v = (maps.transpose(0, 1).flatten(1)[None] for maps in (s, v))
-            out = self.regional_norm(v, s)
-            if self.batch and self.training:
-                out = out[0].unflatten(1, (len(x), -1)).transpose(0, 1)
-            return torch.addcmul(x.to(out.dtype), self.rho, out.reshape(x.shape)).to(x.dtype)
+            out = self.regional_norm(v.to(s.dtype), s).view(x.shape)
+            return torch.addcmul(x.to(out.dtype), self.rho, out).to(x.dtype)
 
 
 class ContextualAttention(nn.Module):
@@ -410,28 +404,14 @@ class Discriminator(nn.Module):
 
     def views(self, x: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the critics see: all of x, and the box of each image."""
-        n, span = (torch.arange(size, device=x.device) for size in (len(x), self.side))
-        rows, columns = box[:, :1] + span, box[:, 1:] + span
-        crops = x[n[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-        return x, crops.permute(0, 3, 1, 2)
+        places, side = zip(x, box.tolist()), self.side  # box is on the CPU: no wait for the device
+        return x, torch.stack([i[:, r : r + side, c : c + side] for i, (r, c) in places])
 
     def forward(self, x: Tensor, box: Tensor) -> Tensor:
         return sum(critic(view) for critic, view in zip(self.critics, self.views(x, box)))
 
 
 # ---- 5. Losses -----------------------------------------------------------------------------------
-def l1_loss(args: Args, output: Tensor, real: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error of the image (Eq. 9), or that of the hole plus that of the known part.
-
-    Of the bare output, before compositing; the two parts are averaged in each image by itself.
-    """
-    error, dims = (output - real).abs().mean(dim=1, keepdim=True), (1, 2, 3)
-    if args.reconstruction == "full":
-        return error.mean()
-    parts = mask, 1 - mask
-    return sum((error * x).sum(dims) / x.sum(dims).clamp_min(1) for x in parts).mean()
-
-
 def orthogonality(net: nn.Module) -> Tensor:
     """Return the sum over a network's AN modules of ||W W^T - I||_F^2, W (n, C) entity filters.
 
@@ -497,10 +477,12 @@ def load_photos(args: Args, held_out: bool) -> tuple[list[Tensor], str]:
     cache = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     read, source, files = draw_shape, range(1_000), []
     if args.dataset == "folder":
-        read, source = open_image, fid.image_files(root, [args.out_dir, cache])
+        skip = filter(None, (args.out_dir, apart, args.mask_dir))  # never to train on
+        read, source = open_image, fid.image_files(root, [cache, *skip])
         stats = zip(source, map(os.stat, source))
         files = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in stats]
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
+    content = zlib.crc32(repr([file[:2] for file in files]).encode())
+    times = zlib.crc32(repr(files).encode())
     folder = cache / f"{args.dataset}-{len(source)}-{content:08x}"
     path, sizes = folder / f"photos-{args.img_size}-{times:08x}.bin", []
 
@@ -531,7 +513,7 @@ def load_photos(args: Args, held_out: bool) -> tuple[list[Tensor], str]:
         photos = [photo for i, photo in enumerate(photos) if (i % 20 == 0) == held_out]
     rule = f"held out ({apart or 'every 20th'})" if held_out else "to train on"
     print(f"{len(photos)} images {rule}")
-    return photos, folder.name
+    return photos, f"{folder.name}-{len(photos)}"
 
 
 def cut(photo: Tensor, side: int, y: float = 0.5, x: float = 0.5) -> Tensor:
@@ -602,10 +584,9 @@ def photo_batches(args: Args, photos: list[Tensor], device: torch.device, b: int
             image = image.flip(2) if args.hflip and rng.random() < 0.5 else image
             hole, box = draw_hole(args, args.train_mask, rng, files)
             items.append((image, hole, torch.tensor(box)))
-        batch = map(torch.stack, zip(*items))
+        real, mask, box = map(torch.stack, zip(*items))
         if device.type == "cuda":
-            batch = (part.pin_memory().to(device, non_blocking=True) for part in batch)
-        real, mask, box = batch
+            real, mask = (x.pin_memory().to(device, non_blocking=True) for x in (real, mask))
         yield real.float().div_(127.5).sub_(1), mask.float(), box
 
 
@@ -634,12 +615,15 @@ def run_folder(args: Args) -> Path:
 
 # differs from giu_gan.py: mode inpaint takes the generator alone
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's: generator.pt to inpaint, else best.pt or checkpoint.pt."""
+    """Return what to train on: the run's own checkpoint.pt if it is there, else --checkpoint.
+
+    In other modes --checkpoint, else the run's: generator.pt to inpaint, best.pt, checkpoint.pt.
+    """
     best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
-    if args.checkpoint:
+    if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    if args.mode == "inpaint":
-        return run_folder(args) / "generator.pt"
+    if args.mode == "inpaint" or args.runs:
+        return Path(*args.runs[:1] or [run_folder(args)], "generator.pt")
     return best if best.exists() and args.mode != "train" else last
 
 
@@ -651,7 +635,7 @@ def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        torch.backends.cudnn.allow_tf32 = False  # gradient penalties are to be in fp32
         if args.amp == "auto":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
@@ -705,7 +689,7 @@ class Run:
         """Start in the run's folder or, with --resume, from its checkpoint."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if args.resume and find_checkpoint(args).exists():
+        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
             self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
@@ -731,7 +715,7 @@ class Run:
 
     def flush(self) -> None:
         """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack([*self.sums.values()]) / self.count).tolist()))
         for name, mean in means.items():
             if not math.isfinite(mean):
                 print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
@@ -848,7 +832,8 @@ def sample(args: Args) -> None:
     real, mask = held_out_images(args, load_photos(args, held_out=True)[0], args.num_samples)
     columns = [real.where(mask == 0, 128)]
     for path in [Path(run, "generator.pt") for run in args.runs] or [find_checkpoint(args)]:
-        run = Args(**torch.load(path, "cpu", weights_only=True)["args"])
+        saved = torch.load(path, "cpu", weights_only=True)["args"]
+        run = Args(**saved | {"device": args.device})
         G, step = load_generator(run, path)
         columns.append(complete(G, real, mask))
         write_images(path.parent / f"generated/{step}", columns[-1] / 255)
@@ -861,20 +846,22 @@ def sample(args: Args) -> None:
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
+    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 def fill_holes(args: Args, G: nn.Module, photo: Tensor, hole: Tensor) -> Tensor:
     """Fill the holes (1, H, W), bool, of a photograph (3, H, W), uint8, one after the other.
 
     A hole is seen as in training: in a window of --img-size pixels, shrunk until the hole's box
-    fits the trained one. Time and memory thus do not grow with the photograph. What lies closer
-    than 1/32 of the long side is one hole, so that there are at most 256; small ones come first.
+    fits the trained one. The network's time and memory thus do not grow with the photograph. What
+    lies closer than 1/32 of the long side is one hole, so that there are at most 256; small ones
+    come first.
     """
     photo, hole, cell = photo.clone(), hole.clone(), -(-max(hole.shape) // 32)
     cells = F.max_pool2d(hole.float(), cell, ceil_mode=True)[0]
@@ -915,11 +902,16 @@ def paste(image: Image.Image, filled: Tensor, hole: Tensor) -> Image.Image:
 def inpaint(args: Args) -> None:
     """Mode inpaint: fill photographs of any size, in their own mode, where their masks say so."""
     G, _ = load_generator(args, find_checkpoint(args))
+    Image.MAX_IMAGE_PIXELS = None  # a photograph of 200 megapixels is no attack
     source, masks, output = (Path(x).expanduser() for x in (args.image, args.mask, args.output))
-    named = {file.stem: file for file in fid.image_files(masks)} if masks.is_dir() else {}
-    for file in fid.image_files(source) if source.is_dir() else [source]:
-        mask = named.get(file.stem, masks / file.name) if named else masks
-        target = output if output.suffix else output / f"{file.stem}.png"
+    files = fid.image_files(masks) if masks.is_dir() else []
+    named = {file.relative_to(masks).with_suffix(""): file for file in files}
+    root = source if source.is_dir() else source.parent
+    for file in fid.image_files(root, [masks, output]) if source.is_dir() else [source]:
+        name = file.relative_to(root).with_suffix("")
+        mask = named.get(name, masks / file.name) if named else masks
+        one = output.suffix and source.is_file()
+        target = output if one else (output / name).with_suffix(".png")
         if target.resolve() in (file.resolve(), mask.resolve()):
             raise ValueError(f"--output must leave the inputs as they are, got {target}")
         rgb, image, found = open_image(file), Image.open(file), open_image(mask).size
@@ -938,7 +930,11 @@ def inpaint(args: Args) -> None:
                 print(f"warning: {text}", file=sys.stderr)
         filled = fill_holes(args, G, TF.pil_to_tensor(rgb), hole)
         target.parent.mkdir(parents=True, exist_ok=True)
-        paste(image, filled, hole).save(target, quality=95, **profile)
+        try:
+            paste(image, filled, hole).save(target, quality=95, **profile)
+        except OSError as error:  # no alpha in JPEG, no CMYK in PNG
+            print(f"warning: {error}: {target} is 8-bit RGB", file=sys.stderr)
+            TF.to_pil_image(filled).save(target, quality=95, exif=profile["exif"])
         print(f"{target}: {share:.1%} of {size} pixels filled")
 
 
@@ -948,7 +944,8 @@ def train(args: Args) -> dict[str, float]:
     device, amp, scaler = setup(args)
     (photos, content), (held_out, _) = (load_photos(args, part) for part in (False, True))
     if len(photos) < args.batch_size:
-        raise ValueError(f"--batch-size must be at most {len(photos)}, the images not held out")
+        rest = f"{len(held_out)} more are held out (see --eval-dir)"
+        raise ValueError(f"--batch-size must be at most {len(photos)} images: {rest}")
     shown, scored = (held_out_images(args, held_out, x) for x in (args.num_samples, args.eval_num))
     torch.manual_seed(args.seed)
     G, D = Generator(args).to(device), Discriminator(args).to(device)
@@ -980,13 +977,14 @@ def train(args: Args) -> dict[str, float]:
             coarse, fine = (x.float() for x in G(real, mask))
             if phase == 2:
                 adversarial = -D(fine.where(mask > 0, real), box).float().mean()
-        l1, ortho = sum(l1_loss(args, x, real, mask) for x in (coarse, fine)), orthogonality(G)
+        l1, ortho = F.l1_loss(coarse, real) + F.l1_loss(fine, real), orthogonality(G)
         g_loss = args.lambda_rec * l1 + args.lambda_adv * adversarial  # Eq. 9
         update(g_opt, G, g_loss + args.lambda_ortho * ortho, scaler)
         run.log({
             "loss/d": d_loss, "loss/penalty": penalty, "loss/g": g_loss, "loss/l1": l1,
             "loss/orthogonality": ortho, "logit/real": real_mean, "logit/fake": fake_mean,
             "image/saturated": (fine.detach().abs() >= 1).float().mean(),
+            **({"an/rho": G.module.rho} if args.refine == "an" else {}),
         })  # fmt: skip
         if run.due(args.sample_every):
             real, mask = shown
@@ -1013,9 +1011,9 @@ def train(args: Args) -> dict[str, float]:
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def stop(number: int, frame: object) -> None:
-    """Let the training end after this step; a second signal ends the process at once."""
+    """Let the training end after this step; a second signal interrupts it."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.default_int_handler)
 
 
 def main() -> None:

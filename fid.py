@@ -103,7 +103,7 @@ def load_inception(weights: str = "auto", device: Any = "cpu") -> Inception:
 
 def load_weights(net: Any, url: str, weights: str, device: Any, resize: str, layer: str) -> Any:
     """Give `net` its weights, fold its batch norms, set its device, protocol and label."""
-    path, auto, random = Path(weights), weights == "auto", weights == "random"
+    path, auto, random = Path(weights).expanduser(), weights == "auto", weights == "random"
     try:
         if auto:
             path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
@@ -173,7 +173,8 @@ class Moments:
         texts = {key: json.dumps(value) for key, value in meta.items()}
         temporary = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
         try:
-            np.savez(temporary, mu=self.mu, sigma=self.sigma, n=self.n or 0, **texts)
+            with open(temporary, "wb") as file:  # a name would get a suffix
+                np.savez(file, mu=self.mu, sigma=self.sigma, n=self.n or 0, **texts)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -253,7 +254,10 @@ def dataset_moments(
     The .npz `cache` is read if it is of as many images of this size and protocol, else written.
     """
     meta = {"protocol": net.protocol, "size": list(images.shape[1:])}
-    found = Moments.load(cache) if cache and cache.exists() else Moments(0)
+    try:
+        found = Moments.load(cache) if cache else Moments(0)
+    except ValueError:  # there is none, or a damaged one
+        found = Moments(0)
     if found.n == len(images) and found.meta == meta:
         return found
     moments = Moments(device=net.device)
@@ -356,7 +360,7 @@ def image_files(folder: str | Path, skip: Iterable[str | Path] = ()) -> list[Pat
 
     visit(Path(folder), {Path(path).resolve() for path in skip} - {Path(folder).resolve()})
     if not images:
-        raise ValueError(f"no images ({SUFFIXES}) under {folder}; a run's are in its `generated`")
+        raise ValueError(f"no images ({SUFFIXES}) under {folder}; a run's: its generated/STEP")
     if others:
         warnings.warn(f"{folder}: {len(others)} other files are skipped, as {others[0].name}")
     return sorted(images)

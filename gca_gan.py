@@ -27,7 +27,8 @@ Differences from the paper
  5. "Sampled to 64x64" is the central square of 178 pixels, resized; literally it is the whole
     image, squeezed (`--dataset celeba-squashed`). FIDs of different crops do not compare.
  6. Weights start at N(0, 0.02), in SAGAN Xavier, Theta and all of gcn Glorot, the gain at 0. The
-    spectral norm of SAGAN overrides these scales, Theta's too.
+    spectral norm of SAGAN overrides these scales, Theta's too. In DCGAN W_v z starts at 2 % of x
+    with NL, at half of x with GCA: this alone may tilt the comparison.
  7. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
  8. A is binarised only by `--gca-binarize`, at a row's mean 1 / (H W); no threshold is stated.
  9. Heat maps (Figure 5) are channel means of D's maps of real images, each stretched to [0, 1].
@@ -37,7 +38,8 @@ Differences from the paper
 12. There `--block gca` takes Z = M Y^T (`--gca-y-transpose`): the printed Z = M Y adds the same map
     whatever the noise, and all samples are the photograph (see GCA).
 13. ConSinGAN is its released code (stages, rates, penalty per pixel) without its flaws: 1 or 2
-    stages work, alpha is composited, a photograph too small for its stages is refused.
+    stages work, alpha is composited, a photograph too small for its stages is refused. It trains
+    --stages times --niter steps in fp32 and reads none of the flags of data sets and batches.
 14. SIFID has the 64 features of SinGAN's numbers, not the 192 of its text (`--sifid-dims`). A copy
     has the best SIFID: read it beside the diversity.
 """
@@ -50,6 +52,7 @@ import json
 import math
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -97,7 +100,7 @@ class Args:
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 39_550  # generator updates to train for
-    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    log_every: int = 100  # steps between lines of the log; the last step ends every interval
     sample_every: int = 1_000  # steps between sample grids; 0: none
     eval_every: int = 10_000  # steps between evaluations; 0: none
     save_every: int = 1_000  # steps between checkpoints; 0: none
@@ -149,6 +152,8 @@ class Args:
     lr_scale: float = 0.1  # learning rate of a stage over that of the stage after it
     min_size: int = 25  # short side of the first stage, in pixels
     max_size: int = 250  # long side of the last stage, where the photograph is larger
+    lambda_gp: float = 0.1  # weight of the gradient penalty
+    lambda_rec: float = 10.0  # weight of the reconstruction
 
     @property
     def photo(self) -> bool:
@@ -183,13 +188,14 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     first = tyro.cli(Args, args=first_argv, default=Args(**default))
-    path, saved = find_checkpoint(first), {}
-    if path.exists() and (first.resume or first.mode != "train"):
+    path = Path(first.runs[0], "checkpoint.pt") if first.runs else find_checkpoint(first)
+    saved = {}
+    if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
-    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda item: item[0] != "seed", saved.items())  # see Args
+    kept = [f"--{flag} {value}" for flag, value in fixed if getattr(args, flag) != value]
     if kept:
         raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
@@ -204,16 +210,17 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    batch, size, k, training = args.batch_size, args.img_size, args.gca_k, args.mode == "train"
-    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
-    photo = {args.model == "consingan", args.dataset == "image", args.image != ""}
+    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    n, size, k, training = args.batch_size, args.img_size, args.gca_k, args.mode == "train"
+    yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
+    agree = (args.model == "consingan") == (args.dataset == "image") == (args.image != "")
     got = f"{args.model}, {args.dataset}, {args.image or 'no image'}"
-    together = len(photo) == 1 or not training
+    together = agree or not training
     yield together, f"--model consingan, --dataset image, --image must go together, got {got}"
     path, folder = find_checkpoint(args), run_folder(args)
     one = WORLD == 1 or (training and not args.photo)
     yield one, f"--mode {args.mode} of --model {args.model} must have 1 process, got {WORLD}"
-    there = path.exists() or args.runs or (training and not args.checkpoint)
+    there = path.exists() or bool(args.runs) or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
@@ -222,6 +229,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
         channels = getattr(args, f"{net}_ch") * (1 if args.photo else size // 16)
         plain = args.block == "none" or args.block_in not in ("both", net)
         yield plain or channels % k == 0, f"--gca-k must divide {channels} channels, got {k}"
+    yield args.sifid_num > 1, f"--sifid-num must be at least 2, got {args.sifid_num}"
     least = min(args.stages, args.niter, args.train_depth)
     yield least >= 1, f"--stages, --niter and --train-depth must be at least 1, got {least}"
     yield args.min_size >= 11, f"--min-size must be at least 11, what D sees, got {args.min_size}"
@@ -338,7 +346,7 @@ class GCA(Gated):
         """Return Z = M Y or M Y^T, (N, C, n), of F and G (N, c, n), J^T (N, d, n), M (N, C, n)."""
         a = normalize(edge_weights(f, g, self.binarize))
         m = self.m.weight.flatten(1) if m is None else m  # gcn: Z = W_m Y^T
-        if m.shape[-1] <= m.shape[-2]:
+        if self.variant == "gcn" or math.prod(self.size) <= self.v.in_channels:
             y = self.theta(a @ j.transpose(1, 2))
             return m @ (y.transpose(1, 2) if self.y_transpose else y)
         # From M on where pixels outnumber channels: no product of two n x n matrices.
@@ -359,12 +367,10 @@ def start_weights(args: Args, net: nn.Module) -> None:
     In this order: what is written to a weight under spectral norm is lost. Theta stays Glorot, and
     so are all layers of gcn: four of them at 0.02 would leave p at under 1 % of x.
     """
-    sagan, gcn = args.model == "sagan", set()
+    sagan, gcn = args.model == "sagan", (args.block, args.gca_variant) == ("gca", "gcn")
     for layer in list(net.modules()):
-        if isinstance(layer, GCA) and layer.variant == "gcn":
-            gcn.update(layer.children())
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-            if sagan or layer in gcn:
+            if sagan or (gcn and layer.kernel_size == (1, 1)):  # only blocks have 1x1
                 nn.init.xavier_uniform_(layer.weight)
             else:
                 nn.init.normal_(layer.weight, std=0.02)
@@ -432,8 +438,8 @@ def conv_layer(inputs: int, outputs: int) -> nn.Sequential:
 def resize_bicubic(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Return F.interpolate(x, size, mode="bicubic", align_corners=True) of maps (N, C, H, W).
 
-    As two products of matrices, channels last: 4 to 6 times as fast on a CPU, and bit-reproducible
-    on CUDA, where that function's gradient comes by atomic additions.
+    As two products of matrices, channels last: 1.5 (large maps) to 13 times as fast on a CPU, and
+    bit-reproducible on CUDA, where that function's gradient comes by atomic additions.
     """
     matrices = []  # (new, old) each
     for old, new in zip(x.shape[2:], size):
@@ -621,7 +627,8 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
+    content = zlib.crc32(repr([file[:2] for file in files]).encode())
+    times = zlib.crc32(repr(files).encode())
     folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
     path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
@@ -710,19 +717,12 @@ STOP: list[int] = []  # the signal that ends the training after the present step
 
 def row_name(args: Args) -> str:
     """Return the name of a row: the model, the block and what sets it apart, the photograph."""
-    gca, blocked, variant = args.block == "gca", args.block != "none", args.gca_variant
-    parts = {
-        args.model: True,
-        args.block: True,
-        variant: gca and variant != "nodes",
-        "yt": gca and args.gca_y_transpose and variant != "gcn",
-        args.gca_binarize: gca and args.gca_binarize != "off",
-        f"k{args.gca_k}": blocked and args.gca_k != 8,
-        f"in-{args.block_in}": blocked and args.block_in != "both",
-        f"ch{args.g_ch}-{args.d_ch}": (args.g_ch, args.d_ch) != (64, 64),
-        Path(args.image).stem: args.image != "",
-    }
-    return "-".join(part for part, named in parts.items() if named)
+    gca = "gca_k", "block_in", "gca_variant", "gca_y_transpose", "gca_binarize"
+    flags = {"none": (), "nl": gca[:2], "gca": gca}[args.block] + ("g_ch", "d_ch")
+    changed = [flag for flag in flags if getattr(args, flag) != getattr(Args, flag)]
+    parts = [f"{flag.removeprefix('gca_')}-{getattr(args, flag)}" for flag in changed]
+    parts += [Path(args.image).stem] if args.image else []
+    return "-".join([args.model, args.block, *parts])
 
 
 # differs from giu_gan.py: the default name is that of the row
@@ -733,11 +733,11 @@ def run_folder(args: Args) -> Path:
 
 
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    if args.checkpoint:
+    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    best = run_folder(args) / "best.pt"
-    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
+    return best if best.exists() and args.mode != "train" else last
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -748,7 +748,7 @@ def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        torch.backends.cudnn.allow_tf32 = False  # gradient penalties are to be in fp32
         if args.amp == "auto":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
@@ -802,7 +802,7 @@ class Run:
         """Start in the run's folder or, with --resume, from its checkpoint."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if args.resume and find_checkpoint(args).exists():
+        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
             self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
@@ -828,7 +828,7 @@ class Run:
 
     def flush(self) -> None:
         """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack([*self.sums.values()]) / self.count).tolist()))
         for name, mean in means.items():
             if not math.isfinite(mean):
                 print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
@@ -888,8 +888,9 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: 
         images = images[torch.arange(count) * len(images) // count]
     cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
-    fakes = (lambda first, n: generate(G, z[first : first + n])), args.fid_num, 100
-    scores = fid.score_generator(inception, *fakes, real)
+    scores = fid.score_generator(
+        inception, lambda i, n: generate(G, z[i : i + n]), args.fid_num, 100, real
+    )
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()), inception.label)
     return scores
 
@@ -928,9 +929,10 @@ def table(runs: list[Args], paths: list[Path]) -> str:
     found = {(ROWS[i], name): [fids[i]] for name, fids in PUBLISHED.items() for i in range(5)}
     for args, path in zip(runs, paths):
         file = path.with_name("evaluate.json")
-        about = json.loads(file.read_text()) if file.exists() else {"step": 0}
+        about = json.loads(file.read_text()) if file.exists() else {"step": args.total_steps}
         label = ", random features" if about.get("weights") == "random" else ""
-        cell = args.exp_name or row_name(args), f"{args.dataset}, step {about['step']}{label}"
+        step = "" if about["step"] == args.total_steps else f", step {about['step']}"
+        cell = args.exp_name or row_name(args), f"{args.dataset}{step}{label}"
         found.setdefault(cell, []).extend([about["fid"]] if "fid" in about else [])
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*found))
     lines = [["FID", *columns], ["---"] * (1 + len(columns))]
@@ -988,22 +990,25 @@ def sample(args: Args) -> None:
     if args.runs:
         paths = [Path(run, "checkpoint.pt") for run in args.runs]
         runs = [Args(**load(path, {})["args"]) for path in paths]
+        runs[0] = replace(runs[0], data_dir=args.data_dir, cache_dir=args.cache_dir)
         if len({run.photo for run in runs}) > 1:
             raise ValueError("--runs must be all of ConSinGAN or all of other models")
         return (compare_photos if runs[0].photo else compare_models)(runs, paths, device)
     _, G, step = load_nets(args, path, device)
     n = args.num_samples
     images = photo_samples(G, n, args.scale) if args.photo else generate(G, eval_noise(args, n))
-    write_images(path.parent / f"generated/{step}", images / 255)
+    size = f"-{images.shape[2]}x{images.shape[3]}" if args.scale != (1, 1) else ""
+    write_images(path.parent / f"generated/{step}{size}", images / 255)
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
+    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 def build_pyramid(args: Args, pyramid: list[Tensor], step: int, device: torch.device) -> dict:
@@ -1050,7 +1055,8 @@ def photo_scores(args: Args, G: nn.Module, trunk: nn.Module | None = None) -> di
     """
     real, fakes = to_pixels(G.stack("real")[-1])[0], photo_samples(G, args.sifid_num)
     block, G.block = G.block, nn.Identity()
-    without, G.block = photo_samples(G, args.sifid_num), block
+    without = photo_samples(G, args.sifid_num)
+    G.block = block
     scores = {
         "diversity": (fakes.float().std(0).mean() / real.float().std()).item(),
         "block_rms": (fakes.float() - without).square().mean().sqrt().item(),
@@ -1084,6 +1090,8 @@ def compare_photos(runs: list[Args], paths: list[Path], device: torch.device) ->
         about = json.loads(file.read_text()) if file.exists() else {}
         if about.get("step") == step:
             print(f"    SIFID {about['sifid']:.4g} ± {about['sifid_std']:.2g}, {about['weights']}")
+        else:
+            print("    SIFID: by --mode evaluate first")
     target, strips = paths[0].parent, pad_sequence(strips, batch_first=True)
     save_image(torch.cat(pairs) / 255, target / "pairs.png", nrow=5)
     save_image(strips.flatten(0, 1) / 255, target / "stages.png", nrow=strips.shape[1])
@@ -1161,9 +1169,13 @@ def train_consingan(args: Args) -> dict[str, float]:
     args, path = replace(args, total_steps=args.stages * args.niter), find_checkpoint(args)
     device, _, scaler = setup(args)
     photo = load_pyramid(args)
-    step = load(path, {})["step"] if args.resume and path.exists() else 0
+    data = f"photograph-{zlib.crc32(to_pixels(photo[-1]).numpy().tobytes()):08x}"
+    goes_on = (args.resume or args.checkpoint) and path.exists()
+    saved = load(path, {}) if goes_on else {"step": 0, "data": data}
+    if saved["data"] != data:
+        raise ValueError(f"--image must be the photograph of {path}, got {args.image}")
     torch.manual_seed(args.seed)
-    nets = build_pyramid(args, photo, step, device)
+    nets = build_pyramid(args, photo, saved["step"], device)
     G, D = nets["G"], nets["D"]
     adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
 
@@ -1173,7 +1185,6 @@ def train_consingan(args: Args) -> dict[str, float]:
     sizes = ", ".join(f"{level.shape[2]}x{level.shape[3]}" for level in photo)
     total = estimate(args, D, [level.to(device) for level in photo])
     print(f"{args.image}: {args.niter} steps at each of {sizes}; about {total} in all")
-    data = f"photograph-{zlib.crc32(to_pixels(photo[-1]).numpy().tobytes()):08x}"
     run, noise, scores = Run(args, data, nets | optimizers()), torch.Generator(device), {}
     while run.step < args.total_steps and not STOP:
         noise.manual_seed(seed_of(args.seed, 1, run.step))
@@ -1182,7 +1193,7 @@ def train_consingan(args: Args) -> dict[str, float]:
             G.grow(partial(draw, torch.randn, noise))
             run.parts |= optimizers()
         g_opt, d_opt = run.parts["g_opt"], run.parts["d_opt"]
-        if inner == -(-4 * args.niter // 5):  # from 80 % of the stage on
+        if inner == math.ceil(0.8 * args.niter):
             for group in g_opt.param_groups + d_opt.param_groups:
                 group["lr"] *= 0.1
         real, fixed = G.stack("real")[-1], G.stack("z")
@@ -1193,10 +1204,10 @@ def train_consingan(args: Args) -> dict[str, float]:
             real_logits, fake_logits = D(both).split(1)
             eps = draw(torch.rand, noise, 1, 1, 1, 1)
             penalty = pixel_penalty(D, real, fake.detach(), eps)
-            d_loss = fake_logits.mean() - real_logits.mean() + 0.1 * penalty
+            d_loss = fake_logits.mean() - real_logits.mean() + args.lambda_gp * penalty
             update(d_opt, D, d_loss, scaler)
         rec_loss = F.mse_loss(rec, real)
-        g_loss = 10 * rec_loss - D(fake).mean()
+        g_loss = args.lambda_rec * rec_loss - D(fake).mean()
         update(g_opt, G, g_loss, scaler)
         for _ in range(2):  # three steps on the same gradient, as the released code
             g_opt.step()
@@ -1219,16 +1230,17 @@ def train_consingan(args: Args) -> dict[str, float]:
     if STOP:
         run.save("checkpoint.pt")
     sized = " --scale 1 2" if args.block != "gca" or args.gca_variant == "gcn" else ""
-    more = f"--mode sample --checkpoint {run.folder}/checkpoint.pt --num-samples 50{sized}"
+    path = shlex.quote(str(run.folder / "checkpoint.pt"))
+    more = f"--mode sample --checkpoint {path} --num-samples 50{sized}"
     print(f"{run.folder}: step {run.step}; more samples: python {sys.argv[0]} {more}")
     return scores
 
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def stop(number: int, frame: object) -> None:
-    """Let the training end after this step; a second signal ends the process at once."""
+    """Let the training end after this step; a second signal interrupts it."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.default_int_handler)
 
 
 def main() -> None:
@@ -1248,8 +1260,8 @@ def main() -> None:
         if args.mode == "train" and WORLD == 1:
             signal.signal(signal.SIGINT, stop)
             signal.signal(signal.SIGTERM, stop)
-        modes = {"train": train, "evaluate": evaluate, "sample": sample}
-        (train_consingan if args.photo and args.mode == "train" else modes[args.mode])(args)
+        training = train_consingan if args.photo else train
+        {"train": training, "evaluate": evaluate, "sample": sample}[args.mode](args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -22,9 +22,9 @@ Differences from the paper
     couples the samples of a batch, which the gradient penalty takes for independent:
     `--d-kernel-norm layer` normalises each sample alone, `none` not at all.
  5. RBN replaces the first and the last batch norm of G, GIU stages not counted.
- 6. Readings of the baselines: hinge loss of SNGAN and SAGAN, cross-entropy of DCGAN, SN in D only
-    of SNGAN, attention without SN, LeakyReLU in WGAN-GP's G, twice the width in DCGAN's. The third
-    extra layer of WGAN-GP (+3) has 128 channels in G and 64 in D.
+ 6. Readings of the baselines: Adam of Table 2 for all, hinge loss of SNGAN and SAGAN, cross-entropy
+    of DCGAN, SN in D only of SNGAN, attention without SN, LeakyReLU in WGAN-GP's G, twice the width
+    in DCGAN's. The third extra layer of WGAN-GP (+3) has 128 channels in G and 64 in D.
  7. Initialisation is PyTorch's. CelebA: all 202,599 images (paper: 200,000), cropped to 160x160.
  8. Ours: mixed precision on CUDA (the penalty is in fp32), `--ema-decay` (off by default).
  9. FID and Inception Score are fid.py's, over 1,008 logits where the paper has 1,000 classes. An IS
@@ -89,7 +89,7 @@ class Args:
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 1_000_000  # generator updates to train for
-    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    log_every: int = 100  # steps between lines of the log; the last step ends every interval
     sample_every: int = 5_000  # steps between sample grids; 0: none
     eval_every: int = 100_000  # steps between evaluations; 0: none
     save_every: int = 5_000  # steps between checkpoints; 0: none
@@ -149,12 +149,12 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     path, saved = find_checkpoint(first), {}
-    if path.exists() and (first.resume or first.mode != "train"):
+    if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
-    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda item: item[0] != "seed", saved.items())  # see Args
+    kept = [f"--{flag} {value}" for flag, value in fixed if getattr(args, flag) != value]
     if kept:
         raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
@@ -165,12 +165,13 @@ def parse(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     """Yield (holds, message) of every rule; `parse` stops at the first that does not hold."""
-    batch, size, kernel, extra = args.batch_size, args.img_size, args.kernel_size, args.extra_layers
+    n, size, kernel, extra = args.batch_size, args.img_size, args.kernel_size, args.extra_layers
     cuda = args.device != "cuda" or torch.cuda.is_available()
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
+    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
     there = path.exists() or (training and not args.checkpoint)
@@ -178,13 +179,13 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
     yield size in (32, 64, 128), f"--img-size must be 32, 64 or 128, got {size}"
-    yield kernel % 2 == 1, f"--kernel-size must be odd, got {kernel}"
+    yield kernel > 0 and kernel % 2 == 1, f"--kernel-size must be odd, got {kernel}"
     table6 = extra == 0 or (args.model == "wgan-gp" and size == 64)
     yield table6, f"--extra-layers must be 0 except for wgan-gp at 64x64, got {extra}"
     parts = {"group-channels": args.group_channels, "kernel-reduction": args.kernel_reduction}
     for width in giu_widths(args, args.g_ch) | giu_widths(args, args.d_ch):
         for name, part in parts.items():
-            divides = part > 0 == width % part
+            divides = part > 0 and width % part == 0
             yield divides, f"--{name} must divide {width} channels of a GIU, got {part}"
 
 
@@ -228,14 +229,14 @@ def involution(x: Tensor, kernel: Tensor) -> Tensor:
     to K // 2: Y[c, i, j] = sum over u, v of kernel[c * G // C, (u, v), i, j] * X[c, i + u, j + v].
 
     Views of one padded map take less memory than unfolding: autograd keeps no K*K copies of x. The
-    sum is in fp32 (in bfloat16 it is 0.7 % off at K = 7), and autocast, which would keep fp32
-    copies of the views, is off.
+    sum and that of x's gradient are in fp32 (in bfloat16 they are 0.7 % off at K = 7), and
+    autocast, which would keep fp32 copies of the kernels, is off.
     """
     height, width = x.shape[2:]
     groups, size = kernel.shape[1], math.isqrt(kernel.shape[2])
-    padded = F.pad(x, [size // 2] * 4).unflatten(1, (groups, -1))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    out = torch.zeros_like(padded[..., :height, :width], dtype=dtype)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    padded = F.pad(wide, [size // 2] * 4).unflatten(1, (groups, -1))
+    out = torch.zeros_like(padded[..., :height, :width])
     with autocast(x.device.type, enabled=False):
         for k, tap in enumerate(kernel.to(x.dtype).unbind(2)):
             u, v = divmod(k, size)
@@ -258,8 +259,7 @@ class GIU(nn.Module):
         squeeze = nn.Conv2d(channels, r2, 1, bias=False)  # W_a
         excite = nn.Conv2d(r2, channels, 1, bias=False)  # W_b
         self.se = nn.Sequential(nn.AdaptiveAvgPool2d(1), squeeze, nn.ReLU(), excite, nn.Sigmoid())
-        layer_norm = partial(nn.GroupNorm, 1)  # one group: statistics of each sample alone
-        norms = {"batch": nn.BatchNorm2d, "layer": layer_norm, "none": nn.Identity}
+        norms = {"batch": nn.BatchNorm2d, "layer": partial(nn.GroupNorm, 1), "none": nn.Identity}
         self.reduce = sn(nn.Conv2d(channels, inner, 1), args.sn == "all")  # W_2
         self.norm = norms[norm](inner)
         self.span = sn(nn.Conv2d(inner, taps, 1), args.sn == "all")  # W_3
@@ -308,24 +308,22 @@ def giu_widths(args: Args, base: int) -> set[int]:
 
 def lsgan_generator(args: Args) -> list[nn.Module]:
     """LSGAN: 128 channels at 8x8, then nearest upsampling and 3x3 convolutions."""
-    channels, act = 2 * args.g_ch, nn.LeakyReLU(0.2)
-    layers = [nn.Linear(args.z_dim, channels * 64), nn.Unflatten(1, (channels, 8, 8))]
-    for out in widths(args, args.g_ch)[1:]:
+    first, *outs = [2 * args.g_ch, *widths(args, args.g_ch)[1:]]
+    layers = [nn.Linear(args.z_dim, first * 64), nn.Unflatten(1, (first, 8, 8))]
+    for channels, out in itertools.pairwise([first, *outs]):
         conv = nn.Conv2d(channels, out, 3, padding=1)
-        layers += [nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(out), act]
-        channels = out
-    return [*layers, nn.Conv2d(channels, 3, 3, padding=1), nn.Tanh()]
+        layers += [nn.Upsample(scale_factor=2), conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+    return [*layers, nn.Conv2d(outs[-1], 3, 3, padding=1), nn.Tanh()]
 
 
 def lsgan_discriminator(args: Args) -> list[nn.Module]:
     """LSGAN: strided 3x3 convolutions with dropout, down to 2x2."""
-    layers, channels = [], 3
-    for out in [args.d_ch // 4, *reversed(widths(args, args.d_ch // 2))]:
+    layers, outs = [], [args.d_ch // 4, *reversed(widths(args, args.d_ch // 2))]
+    for channels, out in itertools.pairwise([3, *outs]):
         norm = [nn.BatchNorm2d(out)] if channels > 3 else []
         conv = nn.Conv2d(channels, out, 3, 2, 1)
         layers += [conv, nn.LeakyReLU(0.2), nn.Dropout2d(0.25), *norm]
-        channels = out
-    return [*layers, nn.Flatten(), nn.Linear(channels * 4, 1)]
+    return [*layers, nn.Flatten(), nn.Linear(outs[-1] * 4, 1)]
 
 
 class Generator(nn.Sequential):
@@ -335,27 +333,27 @@ class Generator(nn.Sequential):
     """
 
     def __init__(self, args: Args) -> None:
-        model, channels = args.model, args.z_dim
+        model = args.model
         outs = widths(args, args.g_ch * 2 if model == "dcgan" else args.g_ch)
+        hidden_sn = model in ("giu", "sagan")
         giu = giu_widths(args, args.g_ch) if args.giu != "only-d" else set()
         extra = [8 * args.g_ch, 4 * args.g_ch, 2 * args.g_ch][: args.extra_layers]  # Table 6
         act, bias = nn.LeakyReLU(0.1) if model == "wgan-gp" else nn.ReLU(), model != "dcgan"
-        layers = [nn.Unflatten(1, (channels, 1, 1))]
-        for i, out in enumerate(outs):
+        layers = [nn.Unflatten(1, (args.z_dim, 1, 1))]
+        for i, (channels, out) in enumerate(itertools.pairwise([args.z_dim, *outs])):
             stride, padding = (2, 1) if i else (1, 0)
             conv = nn.ConvTranspose2d(channels, out, 4, stride, padding, bias=bias)
             rbn = model == "giu" and args.rbn and i in (0, len(outs) - 1)
             norm = RepresentativeBatchNorm2d(out) if rbn else nn.BatchNorm2d(out)
-            layers += [sn(conv, model in ("giu", "sagan")), norm, act]
+            layers += [sn(conv, hidden_sn), norm, act]
             if out in giu:
                 layers += [GIU(out, args, "batch"), nn.BatchNorm2d(out), act]
             if out in extra:
                 layers += [nn.Conv2d(out, out, 3, padding=1), nn.BatchNorm2d(out), act]
             if model == "sagan" and out in outs[-2:]:
                 layers += [SelfAttention(out)]
-            channels = out
-        conv = nn.ConvTranspose2d(channels, 3, 4, 2, 1, bias=bias)
-        layers += [sn(conv, args.sn == "all"), nn.Tanh()]
+        conv = nn.ConvTranspose2d(outs[-1], 3, 4, 2, 1, bias=bias)
+        layers += [sn(conv, hidden_sn and args.sn == "all"), nn.Tanh()]
         super().__init__(*(lsgan_generator(args) if model == "lsgan" else layers))
 
 
@@ -363,23 +361,24 @@ class Discriminator(nn.Sequential):
     """Images (N, 3, img_size, img_size) -> logits or critic scores (N,); DCGAN without sigmoid."""
 
     def __init__(self, args: Args) -> None:
-        model, channels, layers = args.model, 3, []
+        model, layers = args.model, []
         outs, hidden_sn = widths(args, args.d_ch)[::-1], model in ("giu", "sngan", "sagan")
         giu = giu_widths(args, args.d_ch) if args.giu != "only-g" else set()
         extra = [8 * args.d_ch, 4 * args.d_ch, args.d_ch][: args.extra_layers]  # Table 6
         act, bias = nn.LeakyReLU(0.2 if model == "dcgan" else 0.1), model != "dcgan"
-        for out in outs:
+        for channels, out in itertools.pairwise([3, *outs]):
             conv = nn.Conv2d(channels, out, 4, 2, 1, bias=bias)
             norm = [nn.BatchNorm2d(out)] if model == "dcgan" and channels > 3 else []
             layers += [sn(conv, hidden_sn), *norm, act]
             if out in giu:
-                layers += [GIU(out, args, args.d_kernel_norm), *[act] * (out in outs[2:])]
+                layers += [GIU(out, args, args.d_kernel_norm)]
+                layers += [act] if out in outs[2:] else []
             if out in extra:
                 layers += [nn.Conv2d(out, out, 3, padding=1), act]
             if model == "sagan" and out in outs[-2:]:
                 layers += [SelfAttention(out)]
-            channels = out
-        layers += [sn(nn.Conv2d(channels, 1, 4, bias=bias), args.sn == "all")]
+        conv = nn.Conv2d(outs[-1], 1, 4, bias=bias)
+        layers += [sn(conv, hidden_sn and args.sn == "all")]
         layers = lsgan_discriminator(args) if model == "lsgan" else layers
         super().__init__(*layers, nn.Flatten(0))
 
@@ -473,7 +472,8 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
+    content = zlib.crc32(repr([file[:2] for file in files]).encode())
+    times = zlib.crc32(repr(files).encode())
     folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
     path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
@@ -534,11 +534,11 @@ def run_folder(args: Args) -> Path:
 
 
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    if args.checkpoint:
+    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    best = run_folder(args) / "best.pt"
-    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
+    return best if best.exists() and args.mode != "train" else last
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -549,7 +549,7 @@ def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        torch.backends.cudnn.allow_tf32 = False  # gradient penalties are to be in fp32
         if args.amp == "auto":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
@@ -603,7 +603,7 @@ class Run:
         """Start in the run's folder or, with --resume, from its checkpoint."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if args.resume and find_checkpoint(args).exists():
+        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
             self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
@@ -629,7 +629,7 @@ class Run:
 
     def flush(self) -> None:
         """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack([*self.sums.values()]) / self.count).tolist()))
         for name, mean in means.items():
             if not math.isfinite(mean):
                 print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
@@ -689,8 +689,9 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: 
         images = images[torch.arange(count) * len(images) // count]
     cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
-    fakes = (lambda first, n: generate(G, z[first : first + n])), args.fid_num, 100
-    scores = fid.score_generator(inception, *fakes, real)
+    scores = fid.score_generator(
+        inception, lambda i, n: generate(G, z[i : i + n]), args.fid_num, 100, real
+    )
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()), inception.label)
     return scores
 
@@ -742,12 +743,13 @@ def sample(args: Args) -> None:
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
+    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -810,9 +812,9 @@ def train(args: Args) -> dict[str, float]:
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def stop(number: int, frame: object) -> None:
-    """Let the training end after this step; a second signal ends the process at once."""
+    """Let the training end after this step; a second signal interrupts it."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.default_int_handler)
 
 
 def main() -> None:

@@ -26,13 +26,15 @@ Differences from the paper
  5. Not stated, from WGAN-div or the public code: k = 2, p = 6, slopes at the images themselves
     (WGAN-div: between them, `--div-points interp`), batch size, N(0, 0.02), LeakyReLU's 0.2.
  6. The baselines have Table 1's networks and their own papers' settings. `--recipe author` is the
-    public code's: a tenfold penalty, Adam's (0.5, 0.999), cross-entropy with labels of 0.9 in DCGAN
-    and SNGAN, batch norm in WGAN-div's D, which mixes the slopes of a batch's samples.
- 7. 60,000 steps; the paper's 10,000 epochs are `--total-steps 1874000`. Every update draws fresh
-    noise, and an epoch leaves its last incomplete batch out.
- 8. Ours: mixed precision on CUDA (scores and slopes of the divergence are in fp32), `--ema-decay`.
+    public code's: a tenfold penalty in a to d, Adam's (0.5, 0.999), five D steps, in DCGAN and
+    SNGAN batches of 2,048, rates of a to d and cross-entropy with labels of 0.9, in WGAN-div's D
+    batch norm, which mixes the slopes of a batch's samples.
+ 7. 60,000 steps. The paper's 10,000 epochs are `--total-steps 1874000` for a to d and SNGAN,
+    2342500 for WGAN-div, 4680000 for DCGAN. Every update draws fresh noise, and an epoch leaves
+    its last incomplete batch out.
+ 8. Ours: mixed precision on CUDA (D's update by the divergence is in fp32), `--ema-decay`.
  9. FID is of 10,000 distinct samples against all training images. The public code repeated 608
-    images to 10,336 files: compare models with each other, not with the published values.
+    images or fewer to 10,336 files: compare models with each other, not with the published values.
 """
 
 # ---- 1. Imports ----------------------------------------------------------------------------------
@@ -90,7 +92,7 @@ class Args:
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 60_000  # generator updates to train for
-    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    log_every: int = 100  # steps between lines of the log; the last step ends every interval
     sample_every: int = 1_000  # steps between sample grids; 0: none
     eval_every: int = 5_000  # steps between evaluations; 0: none
     save_every: int = 1_000  # steps between checkpoints; 0: none
@@ -176,12 +178,12 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     path, saved = find_checkpoint(first), {}
-    if path.exists() and (first.resume or first.mode != "train"):
+    if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
-    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda item: item[0] != "seed", saved.items())  # see Args
+    kept = [f"--{flag} {value}" for flag, value in fixed if getattr(args, flag) != value]
     if kept:
         raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
@@ -196,11 +198,12 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    batch, size = args.batch_size, args.img_size
-    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
+    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    n, size = args.batch_size, args.img_size
+    yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
-    there = path.exists() or args.runs or (training and not args.checkpoint)
+    there = path.exists() or bool(args.runs) or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
@@ -382,12 +385,9 @@ def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], l
         skip = (args.out_dir, args.cache_dir or root / "cache")
         files = fid.image_files(root, [Path(path).expanduser() for path in skip])
         names = [file.relative_to(root).as_posix() for file in files]
-        labels = [name.rpartition("/")[0].split("/")[0] for name in names]
-        classes = {name: i for i, name in enumerate(sorted(set(labels)))}
-        print(f"{len(files)} images, {len(classes)} classes ({', '.join(classes)[:80]})")
-        print("photographs are turned upright, transparent parts become white")
+        print(f"{len(files)} images; they are turned upright, transparent parts become white")
         stats = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, map(os.stat, files))]
-        return lambda i: open_image(files[i]), [classes[label] for label in labels], stats
+        return lambda i: open_image(files[i]), [0] * len(files), stats
     kind = datasets.MNIST if args.dataset == "mnist" else datasets.FashionMNIST
     try:
         source = kind(root, download=True)
@@ -409,7 +409,8 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
+    content = zlib.crc32(repr([file[:2] for file in files]).encode())
+    times = zlib.crc32(repr(files).encode())
     folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
     path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
@@ -470,11 +471,11 @@ def run_folder(args: Args) -> Path:
 
 
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    if args.checkpoint:
+    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    best = run_folder(args) / "best.pt"
-    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
+    return best if best.exists() and args.mode != "train" else last
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -485,7 +486,7 @@ def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        torch.backends.cudnn.allow_tf32 = False  # gradient penalties are to be in fp32
         if args.amp == "auto":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
@@ -539,7 +540,7 @@ class Run:
         """Start in the run's folder or, with --resume, from its checkpoint."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if args.resume and find_checkpoint(args).exists():
+        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
             self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
@@ -565,7 +566,7 @@ class Run:
 
     def flush(self) -> None:
         """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack([*self.sums.values()]) / self.count).tolist()))
         for name, mean in means.items():
             if not math.isfinite(mean):
                 print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
@@ -625,8 +626,9 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: 
         images = images[torch.arange(count) * len(images) // count]
     cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
-    fakes = (lambda first, n: generate(G, z[first : first + n])), args.fid_num, 100
-    scores = fid.score_generator(inception, *fakes, real)
+    scores = fid.score_generator(
+        inception, lambda i, n: generate(G, z[i : i + n]), args.fid_num, 100, real
+    )
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()), inception.label)
     return scores
 
@@ -658,14 +660,16 @@ def compare_runs(args: Args) -> None:
     """Draw a grid of real images, then one of each run from equal noise (Figures 2 and 3)."""
     device, columns = setup(args)[0], []
     for folder in map(Path, args.runs):
-        path = next(folder.glob("best.pt"), folder / "checkpoint.pt")
+        best = folder / "best.pt"
+        path = best if best.exists() else folder / "checkpoint.pt"
         run = Args(**torch.load(path, "cpu", weights_only=True)["args"])
         nets, G = build(run, device)
         print(f"{path}: step {load(path, nets)['step']}")
         columns += [generate(G, eval_noise(run, args.num_samples)).cpu()]
-    run = replace(run, data_dir=args.data_dir, cache_dir=args.cache_dir)
+    if args.data_dir != Args.data_dir:  # else the run's
+        run = replace(run, data_dir=args.data_dir, cache_dir=args.cache_dir)
     real = load_images(run, device, run.channels)[0][: args.num_samples].cpu()
-    grids = [make_grid(images / 255, math.isqrt(len(real))) for images in [real, *columns]]
+    grids = [make_grid(x[: len(real)] / 255, math.isqrt(len(real))) for x in [real, *columns]]
     path = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{run.dataset}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(grids, path, nrow=len(grids), padding=8, pad_value=1)
@@ -673,12 +677,13 @@ def compare_runs(args: Args) -> None:
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
+    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -744,9 +749,9 @@ def train(args: Args) -> dict[str, float]:
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def stop(number: int, frame: object) -> None:
-    """Let the training end after this step; a second signal ends the process at once."""
+    """Let the training end after this step; a second signal interrupts it."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.default_int_handler)
 
 
 def main() -> None:

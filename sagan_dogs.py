@@ -16,7 +16,8 @@ FID see that? FID, then the loss of D, say when to stop. Unconditional, 64x64, a
 Differences from the paper
  1. It states no recipe, only a "deep convolutional" GAN. Ours is DCGAN's: weights N(0, 0.02), batch
     norm in G, Adam at 2e-4 with moments 0.5 and 0.999; and spectral norm (SN) on all layers of D.
-    `--recipe sagan` is SAGAN's: SN in both nets, Adam at 1e-4 and 4e-4 with 0 and 0.9; Xavier.
+    `--recipe sagan` is SAGAN's: SN in both nets, Adam at 1e-4 and 4e-4 with 0 and 0.9; Xavier. Its
+    hinge loss is `--loss hinge`. Mixed precision on CUDA is ours.
  2. Our choices, as it states none: widths, depth, z of length 128, a slope of 0.1 in D, batches of
     64, one update of D for each of G, no labels, no mirroring.
  3. Attention follows the last two maps of each net, queries and keys have C / 8 channels where it
@@ -48,6 +49,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Literal
 from xml.etree import ElementTree
 
@@ -85,7 +87,7 @@ class Args:
     checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 30_000  # generator updates to train for
-    log_every: int = 100  # steps between lines of the log; the last step counts for each interval
+    log_every: int = 100  # steps between lines of the log; the last step ends every interval
     sample_every: int = 1_000  # steps between sample grids; 0: none
     eval_every: int = 500  # steps between evaluations; 0: none
     save_every: int = 1_000  # steps between checkpoints; 0: none
@@ -154,12 +156,12 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     path, saved = find_checkpoint(first), {}
-    if path.exists() and (first.resume or first.mode != "train"):
+    if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
     args = tyro.cli(Args, args=argv, default=Args(**default), description=__doc__)
-    fixed = itertools.dropwhile(lambda flag: flag != "seed", saved)
-    kept = [f"--{flag} {saved[flag]}" for flag in fixed if getattr(args, flag) != saved[flag]]
+    fixed = itertools.dropwhile(lambda item: item[0] != "seed", saved.items())  # see Args
+    kept = [f"--{flag} {value}" for flag, value in fixed if getattr(args, flag) != value]
     if kept:
         raise ValueError(f"flags must be as in {path}: {', '.join(kept).replace('_', '-')}")
     for holds, message in check_args(args):
@@ -174,11 +176,12 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    batch, size = args.batch_size, args.img_size
-    yield batch > 0 == batch % WORLD, f"--batch-size must be a multiple of {WORLD}, got {batch}"
+    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    n, size = args.batch_size, args.img_size
+    yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
-    there = path.exists() or (training and not args.checkpoint) or bool(args.runs)
+    there = path.exists() or bool(args.runs) or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
     yield new, f"--exp-name must be new or go with --resume: {folder} exists"
@@ -186,6 +189,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     sides = [4 * 2**i for i in range(len(widths(args, 1)))]
     for flag, given in (("attn-g", args.attn_g), ("attn-d", args.attn_d)):
         yield set(given) <= set(sides), f"--{flag} must be of {sides}, got {list(given)}"
+    crop = not args.crop or args.dataset != "stanford-dogs"
+    yield crop, f"--crop must be 0 for Stanford Dogs, cropped to its boxes, got {args.crop}"
     rule = not args.early_stop or (args.eval_every > 0 and WORLD == 1)
     yield rule, "--early-stop must go with an --eval-every above 0 and one process"
 
@@ -257,7 +262,7 @@ def attention(args: Args, net: str, side: int, channels: int) -> nn.Module:
     Its weights come from a stream of their own: the other layers start the same with and without
     it, so as gamma is 0, the four ablations start as the same function.
     """
-    if args.attention in ("none", f"no-{net}") or side not in vars(args)[f"attn_{net}"]:
+    if args.attention in ("none", f"no-{net}") or side not in getattr(args, f"attn_{net}"):
         return nn.Identity()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(args.seed, 4, side, net == "g"))
@@ -388,12 +393,9 @@ def open_dataset(args: Args) -> tuple[Callable[[int], Image.Image], list[int], l
     skip = (args.out_dir, args.cache_dir or root / "cache")
     files = fid.image_files(root, [Path(path).expanduser() for path in skip])
     names = [file.relative_to(root).as_posix() for file in files]
-    labels = [name.rpartition("/")[0].split("/")[0] for name in names]
-    classes = {name: i for i, name in enumerate(sorted(set(labels)))}
-    print(f"{len(files)} images, {len(classes)} classes ({', '.join(classes)[:80]})")
-    print("photographs are turned upright, transparent parts become white")
+    print(f"{len(files)} images; they are turned upright, transparent parts become white")
     stats = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names, map(os.stat, files))]
-    return lambda i: open_image(files[i]), [classes[label] for label in labels], stats
+    return lambda i: open_image(files[i]), [0] * len(files), stats
 
 
 def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Tensor, Tensor, Path]:
@@ -408,7 +410,8 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
     shape = len(labels), channels, args.img_size, args.img_size
     if len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
-    content, times = (zlib.crc32(repr(x).encode()) for x in ([f[:2] for f in files], files))
+    content = zlib.crc32(repr([file[:2] for file in files]).encode())
+    times = zlib.crc32(repr(files).encode())
     folder = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     folder = folder / f"{args.dataset}-{len(labels)}-{content:08x}"
     path = folder / f"{channels}x{args.img_size}-crop{args.crop}-{times:08x}.uint8"
@@ -469,11 +472,11 @@ def run_folder(args: Args) -> Path:
 
 
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's: best.pt if it is there and not for training on."""
-    if args.checkpoint:
+    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    best = run_folder(args) / "best.pt"
-    return best if best.exists() and args.mode != "train" else best.with_name("checkpoint.pt")
+    return best if best.exists() and args.mode != "train" else last
 
 
 def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
@@ -484,7 +487,7 @@ def setup(args: Args) -> tuple[torch.device, autocast, GradScaler]:
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # the penalty's second derivative is to be in fp32
+        torch.backends.cudnn.allow_tf32 = False  # gradient penalties are to be in fp32
         if args.amp == "auto":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if native else torch.float16
@@ -538,7 +541,7 @@ class Run:
         """Start in the run's folder or, with --resume, from its checkpoint."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if args.resume and find_checkpoint(args).exists():
+        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
             state = load(find_checkpoint(args), parts)
             self.step, self.best = state["step"], state["best"]
             if state["data"] != data:
@@ -564,7 +567,7 @@ class Run:
 
     def flush(self) -> None:
         """Log the means of the steps since the last time; exit with code 3 if one is not finite."""
-        means = {name: value.item() / self.count for name, value in self.sums.items()}
+        means = dict(zip(self.sums, (torch.stack([*self.sums.values()]) / self.count).tolist()))
         for name, mean in means.items():
             if not math.isfinite(mean):
                 print(f"error: {name} is {mean} at step {self.step}", file=sys.stderr)
@@ -603,9 +606,9 @@ def stopping_rule(
     of `fid_window` rows, the loss by the mean of `d_window`; lower is better. A gain is a relative
     one of more than `tol`; `patience` rows without gain, the first three aside, make a plateau.
 
-    Return the steps t_fid (last gain of FID), t_det (its plateau is seen), t_best (last gain of D's
-    loss: the checkpoint to take), t_stop, None where not reached; and the reason: plateau, or the
-    phase in which the rows end, cap_fid or cap_dloss.
+    Return the steps t_fid (last gain of FID so far), t_det (its plateau is seen), t_best (last gain
+    of D's loss: the checkpoint to take), t_stop (last row read), None where not reached; and the
+    reason: plateau, or the phase in which the rows end, cap_fid or cap_dloss.
     """
     found, best, waited = dict.fromkeys(("t_fid", "t_det", "t_best", "t_stop")), math.inf, 0
     for i, (step, _, _) in enumerate(rows):
@@ -624,20 +627,6 @@ def stopping_rule(
         elif (waited := waited + 1) == d_patience:
             return found | {"reason": "plateau"}
     return found | {"reason": "cap_dloss" if found["t_det"] else "cap_fid"}
-
-
-class History(dict):
-    """The stopping rule's rows, and the sum and count of D's losses since the last of them."""
-
-    load_state_dict = dict.update
-
-    def state_dict(self) -> dict[str, Any]:
-        return self | {"sum": float(self["sum"])}
-
-    def close(self, step: int, score: float) -> None:
-        """Append the row of an evaluation."""
-        self["rows"].append((step, score, float(self["sum"]) / self["count"]))
-        self.update(sum=0.0, count=0)
 
 
 def build(args: Args, device: torch.device) -> tuple[dict[str, nn.Module], nn.Module]:
@@ -671,8 +660,9 @@ def score(args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: 
         images = images[torch.arange(count) * len(images) // count]
     cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
-    fakes = (lambda first, n: generate(G, z[first : first + n])), args.fid_num, 100
-    scores = fid.score_generator(inception, *fakes, real)
+    scores = fid.score_generator(
+        inception, lambda i, n: generate(G, z[i : i + n]), args.fid_num, 100, real
+    )
     print(", ".join(f"{name} {value:.6g}" for name, value in scores.items()), inception.label)
     return scores
 
@@ -697,7 +687,8 @@ def draw_attention(G: nn.Sequential, z: Tensor, query: tuple) -> Tensor:
     in [0, 1], no cells without attention. The brighter a place, the more the red dot takes of it.
     """
     images = F.interpolate(generate(G, z).cpu() / 255, 128)
-    cells, maps, red = [], z.to(next(G.parameters()).device), torch.eye(3)[0, :, None, None]
+    cells, maps = [], z.to(next(G.parameters()).device)
+    red = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
     for layer in G.eval():
         if isinstance(layer, FusedSelfAttention):
             attn, side = layer.attention_map(maps).cpu(), maps.shape[3]
@@ -714,7 +705,7 @@ def draw_attention(G: nn.Sequential, z: Tensor, query: tuple) -> Tensor:
 def sample(args: Args) -> None:
     """Mode sample: images of G and what they attend to (Figure 2), or a comparison of --runs."""
     if args.runs:
-        return compare_attention(args)
+        return compare_milestones(args)
     device, path = setup(args)[0], find_checkpoint(args)
     nets, G = build(args, device)
     step, z = load(path, nets)["step"], eval_noise(args, args.num_samples)
@@ -724,7 +715,7 @@ def sample(args: Args) -> None:
         save_image(cells, path.with_name("attention.png"), nrow=1 + len(args.query))
 
 
-def compare_attention(args: Args) -> None:
+def compare_milestones(args: Args) -> None:
     """Draw samples of --runs from equal noise, a row a run, at the milestones they all kept."""
     runs, device = [Path(run).expanduser() for run in args.runs], torch.device("cpu")
     names = set.intersection(*({path.name for path in run.glob("step-*.pt")} for run in runs))
@@ -744,12 +735,13 @@ def compare_attention(args: Args) -> None:
 
 
 def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to a folder, and a grid of them beside it."""
+    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    save_image(images, f"{folder}.png", nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {folder}.png")
+    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -760,10 +752,14 @@ def train(args: Args) -> dict[str, float]:
     images, labels, file = load_images(args, device)
     torch.manual_seed(args.seed)
     nets, shown = build(args, device)
-    G, D, history = nets["G"], nets["D"], History(rows=[], sum=0.0, count=0)
+    G, D = nets["G"], nets["D"]
+    history = {"rows": [], "sum": 0.0, "count": 0}  # sum: of D's losses since the last row
+    stored = SimpleNamespace(
+        state_dict=lambda: history | {"sum": float(history["sum"])}, load_state_dict=history.update
+    )
     adam = partial(torch.optim.Adam, betas=(args.beta1, args.beta2), fused=True)
     g_opt, d_opt = adam(G.parameters(), args.g_lr), adam(D.parameters(), args.d_lr)
-    parts = {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler, "history": history}
+    parts = {"g_opt": g_opt, "d_opt": d_opt, "scaler": scaler, "history": stored}
     run = Run(args, file.parent.name, nets | parts)
     data = batches(args, images, labels, device, run.step * args.n_critic)
     noise, n, scores = torch.Generator(device), args.batch_size, {}
@@ -798,7 +794,9 @@ def train(args: Args) -> dict[str, float]:
         if run.due(args.eval_every):
             scores = score(args, inception, shown, images, file)
             run.write({f"metric/{name}": value for name, value in scores.items()})
-            history.close(run.step, scores["fid"])
+            mean = float(history["sum"]) / history["count"]
+            history["rows"].append((run.step, scores["fid"], mean))
+            history.update(sum=0.0, count=0)
             found = stopping_rule(history["rows"])
             if scores["fid"] < run.best[0]:
                 run.best = scores["fid"], run.step
@@ -820,9 +818,9 @@ def train(args: Args) -> dict[str, float]:
 
 # ---- 10. Main ------------------------------------------------------------------------------------
 def stop(number: int, frame: object) -> None:
-    """Let the training end after this step; a second signal ends the process at once."""
+    """Let the training end after this step; a second signal interrupts it."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, signal.default_int_handler)
 
 
 def main() -> None:

@@ -277,6 +277,8 @@ def test_the_cache_is_used_only_if_everything_is_equal(net, tmp_path, monkeypatc
     assert calls == [3, 1, 3, 3, 3]
     with pytest.raises(ValueError, match="different protocols"):
         fid.frechet_distance(first, other)
+    cache.write_text("PK")  # damaged: made anew
+    assert fid.dataset_moments(net, images, 4, cache).n == fid.Moments.load(cache).n == 4
     with pytest.warns(UserWarning, match="not kept in .*nowhere"):  # the run goes on
         assert fid.dataset_moments(net, images, 4, tmp_path / "nowhere" / "m.npz").n == 4
 
@@ -411,6 +413,6 @@ def test_bad_input_is_one_line_and_writes_nothing(command, words, tmp_path, run)
         (tmp_path / name).write_text("text")
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = run("--weights", "nowhere.pth", *command.split())  # refused before these
+    code, out, err = run("--weights", "~/nowhere.pth", *command.split())  # refused before these
     assert (code, out) == (2, "") and words in err and sorted(tmp_path.rglob("*")) == before
     assert "--intre" in command or err.startswith("error: ") and err.count("\n") == 1

@@ -271,12 +271,12 @@ def test_a_row_brings_its_settings_and_flags_win(recwarn):
 def test_rows_have_names_of_their_own():
     names = {
         "": "dcgan-gca",
-        "--gca-k 4": "dcgan-gca-k4",
-        "--block nl --block-in g": "dcgan-nl-in-g",
-        "--model sagan --gca-variant gcn --gca-binarize ste": "sagan-gca-gcn-ste",
-        "--g-ch 128 --d-ch 128": "dcgan-gca-ch128-128",
+        "--gca-k 4": "dcgan-gca-k-4",
+        "--block nl --block-in g": "dcgan-nl-block_in-g",
+        "--model sagan --gca-variant gcn --gca-binarize ste": "sagan-gca-variant-gcn-binarize-ste",
+        "--g-ch 128 --d-ch 128": "dcgan-gca-g_ch-128-d_ch-128",
         "--image b/a.jpg": "consingan-none-a",
-        "--image a.jpg --block gca": "consingan-gca-yt-a",
+        "--image gca.jpg --block gca": "consingan-gca-y_transpose-True-gca",
         "--image a.jpg --block gca --no-gca-y-transpose": "consingan-gca-a",
         "--exp-name mine": "mine",
     }
@@ -290,6 +290,7 @@ def test_rows_have_names_of_their_own():
     ("--image a.jpg --block gca --g-ch 12", "--gca-k must divide 12 channels, got 8"),
     ("--model consingan", "--image must go together, got consingan, image, no image"),
     ("--image a.jpg --model dcgan", "must go together, got dcgan, image, a.jpg"),
+    ("--image a.jpg --sifid-num 1", "--sifid-num must be at least 2, got 1"),
     ("--image a.jpg --stages 0", "--train-depth must be at least 1, got 0"),
     ("--image nowhere.jpg", "cannot read nowhere.jpg"),
     ("--image small.png", "--min-size must be below 15, the short side at 250x15"),
@@ -354,20 +355,21 @@ def test_table_joins_seeds_and_keeps_rows_and_data_sets_apart(tmp_path):
         about = {"step": 100, "fid": value, "weights": "random"}
         (folder / "evaluate.json").write_text(json.dumps(about))
         paths.append(folder / "checkpoint.pt")
-        runs.append(Args(dataset=dataset, seed=seed, gca_k=k))
+        runs.append(Args(dataset=dataset, seed=seed, gca_k=k, total_steps=100 if k == 8 else 200))
     lines = gca_gan.table(runs, paths).splitlines()
-    rows = ["dcgan-none", "dcgan-nl", "dcgan-gca", "sagan-nl", "sagan-gca", "dcgan-gca-k4"]
+    rows = ["dcgan-none", "dcgan-nl", "dcgan-gca", "sagan-nl", "sagan-gca", "dcgan-gca-k-4"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row}" for row in rows]
-    assert "celeba, step 100, random features | lsun-church, step 100" in lines[0]
-    assert lines[4] == "| dcgan-gca | 25.75 | 22.15 | 33.00 ± 3.61 (3) | 41.50 |"
-    assert lines[7] == "| dcgan-gca-k4 | not run | not run | 50.00 | not run |"
+    assert "| celeba, random features | lsun-church, random features | celeba, step 100" in lines[0]
+    assert lines[4] == "| dcgan-gca | 25.75 | 22.15 | 33.00 ± 3.61 (3) | 41.50 | not run |"
+    assert lines[7] == "| dcgan-gca-k-4 | not run | not run | not run | not run | 50.00 |"
 
 
 def test_runs_side_by_side(command, tiny):
     for name in ("none", "gca"):
         command(*tiny("gca_gan", f"--total-steps 1 --block {name}"))
     runs = sorted(map(str, Path("runs").glob("gca_gan__shapes__*")))
-    command("--mode", "sample", "--runs", *runs)
+    command("--mode", "sample", "--runs", *runs, "--cache-dir", "elsewhere")
+    assert Path("elsewhere").exists()
     sizes = {name: Image.open(f"{runs[0]}/{name}.png").size for name in ("samples", "heatmaps")}
     assert sizes == {"samples": (8 * 34 + 2, 2 * 34 + 2), "heatmaps": (5 * 34 + 2, 8 * 34 + 2)}
 
@@ -521,22 +523,26 @@ def test_kills_inside_and_between_stages_leave_no_trace(photo, command, monkeypa
     assert a["G"]["block.0.alpha"] != 0
     grids = [path.name for path in sorted((whole / "samples").iterdir())]
     assert grids == ["0000005.png", "0000010.png", "0000015.png"]
+    Image.new("RGB", (80, 40)).save("photo.png")
+    err = command(*flags, "--out-dir", "parts", "--resume", code=2)
+    assert f"--image must be the photograph of {parts}/checkpoint.pt, got photo.png" in err
 
 
 def test_samples_scores_and_figures_of_one_photograph(photo, command):
-    out, _ = (command(*FEW, "--block", name) for name in ("none", "gca"))
+    out, _ = (command(*FEW, "--block", x, "--exp-name", f"{x} 1") for x in ("none", "gca"))
     assert "5 steps at each of 14x21, 19x28, 24x36; about 0:0" in out
     none, gca = sorted(Path("runs").iterdir(), reverse=True)
-    assert f"python gca_gan.py --mode sample --checkpoint {none}/checkpoint.pt" in out
+    assert f"python gca_gan.py --mode sample --checkpoint '{none}/checkpoint.pt'" in out
     plain, blocked = (["--checkpoint", folder / "checkpoint.pt"] for folder in (none, gca))
     command("--mode", "sample", *plain, "--num-samples", "2", "--scale", "0.8", "1.5")
-    assert Image.open(none / "generated/15/00001.png").size == (54, 19)
+    assert Image.open(none / "generated/15-19x54/00001.png").size == (54, 19)
     err = command("--mode", "sample", *blocked, "--scale", "1", "2", code=2)
     assert "maps of (14, 21), got (14, 42); gcn takes any" in err
     command("--mode", "evaluate", *blocked, "--fid-weights", "random")
     scores = json.loads((gca / "evaluate.json").read_text())
     assert scores["sifid"] > 0 and scores["diversity"] > 0 and scores["dims"] == 64
-    assert command("--mode", "sample", "--runs", none, gca).count("SIFID") == 1
+    out = command("--mode", "sample", "--runs", none, gca)
+    assert out.count("SIFID") == 2 and out.count("SIFID: by --mode evaluate first") == 1
     assert Image.open(none / "pairs.png").size == (5 * 38 + 2, 2 * 26 + 2)
     assert Image.open(none / "stages.png").size == (4 * 38 + 2, 2 * 26 + 2)
 

@@ -393,7 +393,7 @@ def test_figures_2_and_3_from_run_folders(few, capsys):
     """Real images, then those of each run from equal noise; best.pt where there is one."""
     folders, wanted = [], []
     for model in "ad":
-        args = quick(f"--model {model} --total-steps 1")
+        args = quick(f"--model {model} --total-steps 1 --data-dir d")
         sagan_div.train(args)
         folders.append(sagan_div.run_folder(args))
         nets, G = sagan_div.build(args, torch.device("cpu"))
@@ -404,6 +404,7 @@ def test_figures_2_and_3_from_run_folders(few, capsys):
     sagan_div.sample(quick(f"--mode sample --dataset mnist --out-dir elsewhere/new --runs "
                            f"{folders[0]} {folders[1]}"))
     assert f"real, {folders[0]}, {folders[1]}" in capsys.readouterr().out
+    assert not Path("data").exists()
     with Image.open("elsewhere/new/sagan_div__shapes.png") as image:
         found = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     images = sagan_div.load_images(args, torch.device("cpu"), 3)[0]

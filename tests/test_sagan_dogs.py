@@ -408,6 +408,7 @@ def test_what_cannot_be_read_is_named(dogs, xml, call):
 
 @pytest.mark.parametrize("flags, message", [
     ("--img-size 48", "--img-size must be 32, 64 or 128, got 48"),
+    ("--crop 32", "--crop must be 0 for Stanford Dogs, cropped to its boxes, got 32"),
     ("--attn-g 64", "--attn-g must be of [4, 8, 16, 32], got [64]"),
     ("--img-size 32 --attn-d 32", "--attn-d must be of [4, 8, 16], got [32]"),
     ("--early-stop --eval-every 0",

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import fid
 import giu_gan
 import pytest
 import torch
@@ -162,7 +163,9 @@ def test_modes_after_training(script, call, tiny):
     assert {"args", "events", "samples", "checkpoint", "best"} <= names
     code, out, err = call(script, *tiny(script, "--mode sample"))
     assert code == 0, err
-    assert len(list(folder.glob("generated/**/*.png"))) >= 4
+    assert len(list(folder.glob("generated/*"))) == len(list(folder.glob("generated-*.png"))) == 1
+    images = fid.image_files(*folder.glob("generated/*"))  # not the grid
+    assert [path.stem for path in images] == [f"{i:05d}" for i in range(4)]
     code, out, err = call(script, *tiny(script, f"--mode evaluate {scores}"))
     assert code == 0, err
     shown = "checkpoint.pt" if script == "gca_gan" else "best.pt"  # its Table 1 is of the last step
@@ -205,12 +208,12 @@ def test_checkpoints_are_named_once_and_their_scaler_may_be_off(script, call, ti
     """A run that went on from another's checkpoint goes on from its own the next time."""
     assert call(script, *tiny(script, "--total-steps 1 --exp-name first"))[0] == 0
     source = run_folder() / "checkpoint.pt"
-    go_on = "--exp-name second --resume"
-    code, out, err = call(script, *tiny(script, f"{go_on} --checkpoint {source} --total-steps 2"))
+    go_on = f"--exp-name second --checkpoint {source}"
+    code, out, err = call(script, *tiny(script, f"{go_on} --total-steps 2"))
     assert code == 0 and "from step 1" in out, err
-    code, out, err = call(script, *tiny(script, f"{go_on} --total-steps 3"))
+    code, out, err = call(script, *tiny(script, f"{go_on} --total-steps 3 --resume"))
     assert code == 0 and "from step 2" in out, err
-    code, out, err = call(script, *tiny(script, f"{go_on} --checkpoint typo.pt"))
+    code, out, err = call(script, *tiny(script, "--exp-name third --resume --checkpoint typo.pt"))
     assert code == 2 and "typo.pt does not exist" in err
     module = importlib.import_module(script)
     scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -229,6 +232,17 @@ def test_a_signal_saves_and_says_how_to_resume(number, tiny, tmp_path):
     assert process.returncode == 128 + number, err
     assert "--resume" in out and "Traceback" not in err
     assert step(run_folder()) > 0
+
+
+def test_an_interrupted_decoding_leaves_no_file(tiny, tmp_path):
+    process = start("giu_gan", *tiny("giu_gan", "--img-size 128 --cache-dir cache"), cwd=tmp_path)
+    while not list(tmp_path.glob("cache/*/*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)  # the step it would end has not begun
+    process.send_signal(signal.SIGTERM)
+    assert "KeyboardInterrupt" in process.communicate(timeout=60)[1]
+    assert not list(tmp_path.glob("cache/*/*"))
 
 
 def test_training_from_python_leaves_the_signal_handlers_alone(tiny):

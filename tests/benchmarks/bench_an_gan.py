@@ -4,10 +4,10 @@
     python tests/benchmarks/bench_an_gan.py --sides 128 256 --device cuda --repeats 50
 
 Median milliseconds of the layers of an_gan.py in this process, in eval mode without gradient: AN
-with 16 entities; AN with self-sampling, as in training; "map": self-attention that writes its map
-out, as the paper's did; "fused": as an_gan.py trains it. "-" stands for a map, a quarter of the
-pixels squared in fp32, that does not fit into memory, "late" for a call that would take longer than
---limit seconds. Last, AN's nanoseconds for a pixel and their ratio to the smallest size's.
+with 16 entities; AN with self-sampling, as in training; self-attention (SA). "-" stands for a map,
+a quarter of the pixels squared in fp32, that does not fit into memory, "late" for a call that would
+take longer than --limit seconds. Last, AN's nanoseconds for a pixel, and their ratio to the
+smallest size's.
 
 glibc gives blocks above 32 MB back to the system at once, and clears them anew at each call: at
 1024^2 that takes as long as AN itself. Here it is told to keep them, as CUDA's allocator does.
@@ -20,11 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import an_gan
@@ -35,14 +33,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def write_map(layer: an_gan.PooledAttention, x: torch.Tensor) -> torch.Tensor:
-    """The layer with its attention map (N, HW, HW / 4) in memory."""
-    key, value = (F.max_pool2d(f(x), 2).flatten(2) for f in (layer.key, layer.value))
-    attn = (layer.query(x).flatten(2).transpose(1, 2) @ key).softmax(dim=-1)
-    out = (value @ attn.transpose(1, 2)).unflatten(2, x.shape[2:])
-    return x + layer.gamma * layer.out(out)
 
 
 @torch.no_grad()
@@ -74,23 +64,22 @@ def main() -> None:
     an = an_gan.AttentiveNorm(channels, an_gan.Args()).to(device)
     attention = an_gan.PooledAttention(channels).to(device)
     print(f"torch {torch.__version__}, {device}, {channels} channels, median ms")
-    print(("{:>12}" * 7).format("size", "AN", "AN sampling", "map", "fused", "ns/pixel", "growth"))
-    forms, smallest, slow = (partial(write_map, attention), attention), None, [0.0, 0.0]
+    print(("{:>12}" * 6).format("size", "AN", "AN sampling", "SA", "ns/pixel", "growth"))
+    smallest, slow = None, 0.0
     for side in options.sides:
         x = torch.randn(1, channels, side, side, device=device)
         times = [milliseconds(layer, x, options.repeats) for layer in (an.eval(), an.train())]
         cells = [f"{ms:.2f}" for ms in times]
-        for i, form in enumerate(forms):
-            late = slow[i] * side**4 > 1e3 * options.limit
-            fits = i == 1 or 2.2 * side**4 < free_bytes(device)  # the logits and their softmax
-            cells.append("late" if late and fits else "-")
-            if fits and not late:
-                ms = milliseconds(form, x, options.repeats)
-                cells[-1], slow[i] = f"{ms:.2f}", ms / side**4
+        late = slow * side**4 > 1e3 * options.limit
+        fits = 2.2 * side**4 < free_bytes(device)  # the logits and their softmax
+        cells.append("late" if late and fits else "-")
+        if fits and not late:
+            ms = milliseconds(attention, x, options.repeats)
+            cells[-1], slow = f"{ms:.2f}", ms / side**4
         pixel = 1e6 * times[0] / side**2
         smallest = smallest or pixel
         cells += [f"{pixel:.0f}", f"{pixel / smallest:.2f}"]
-        print(("{:>12}" * 7).format(f"{side}^2", *cells), flush=True)
+        print(("{:>12}" * 6).format(f"{side}^2", *cells), flush=True)
 
 
 if __name__ == "__main__":
