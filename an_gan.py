@@ -330,10 +330,15 @@ class PooledAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self.query(x).flatten(2)
-        key, value = (F.max_pool2d(f(x), 2).flatten(2) for f in (self.key, self.value))
-        attn = (query.mT @ key).softmax(dim=2)  # (N, HW, HW / 4), rows sum to 1
-        return x + self.gamma * self.out((value @ attn.mT).unflatten(2, x.shape[2:]))
+        query = self.query(x)
+        key, value = (F.max_pool2d(f(x), 2) for f in (self.key, self.value))
+        # Fused kernels never store the map (N, HW, HW / 4), but want queries and keys as wide as
+        # the values: zeros fill them up and leave the logits alone.
+        fill = [0, 0, 0, 0, 0, value.shape[1] - key.shape[1]]
+        maps = F.pad(query, fill), F.pad(key, fill), value
+        rows = (m.flatten(2).transpose(1, 2)[:, None].contiguous() for m in maps)
+        out = F.scaled_dot_product_attention(*rows, scale=1.0)[:, 0].transpose(1, 2)
+        return x + self.gamma * self.out(out.unflatten(2, x.shape[2:]))
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------

@@ -164,8 +164,7 @@ def test_modes_after_training(script, call, tiny):
     code, out, err = call(script, *tiny(script, "--mode sample"))
     assert code == 0, err
     assert len(list(folder.glob("generated/*"))) == len(list(folder.glob("generated-*.png"))) == 1
-    images = fid.image_files(*folder.glob("generated/*"))  # not the grid
-    assert [path.stem for path in images] == [f"{i:05d}" for i in range(4)]
+    assert len(fid.image_files(folder / "generated")) == 4  # the grid is not among them
     code, out, err = call(script, *tiny(script, f"--mode evaluate {scores}"))
     assert code == 0, err
     shown = "checkpoint.pt" if script == "gca_gan" else "best.pt"  # its Table 1 is of the last step
