@@ -87,7 +87,7 @@ class Args:
     cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     out_dir: str = "runs"  # folder of the run folders
     resume: bool = False  # resume from this run's checkpoint if there is one
-    checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
+    checkpoint: str = ""  # checkpoint to use or start from; empty: the run's best.pt, else its last
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 80_000  # generator updates to train for
     log_every: int = 100  # steps between lines of the log; the last step ends every interval
@@ -120,9 +120,9 @@ class Args:
     g_ch: int = 32  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
     entities: int = 16  # entities n of attentive normalization (Table 4)
-    region_stats: Literal["in", "bn"] = "in"  # of a region: over an image or the batch (Table 4)
+    region_stats: Literal["in", "bn"] = "in"  # a region's statistics: image or batch (Table 4)
     self_sampling: bool = True  # let sampled positions attract the layout in training (Table 4)
-    an_reading: Literal["weighted", "literal"] = "weighted"  # by the mask, or Eq. 5 as printed
+    an_reading: Literal["weighted", "literal"] = "weighted"  # a region's weights: mask, or Eq. 5's
     tau: float = 0.1  # factor of the layout's logits in the softmax over the entities
     local_critic: bool = True  # judge the box round the hole by a critic of its own, too
     # Optimisation
@@ -157,8 +157,8 @@ DEFAULTS = {("dataset", "shapes"): {"img_size": 64}}  # what a data set changes;
 def parse(argv: list[str] | None = None) -> Args:
     """Parse the command line twice: the first pass finds the defaults of the second.
 
-    They are the row's or, on --resume and in modes other than train, the checkpoint's. Raises
-    ValueError for flags that break a rule or differ from the checkpoint's.
+    They are the row's or, where a checkpoint is resumed, started from or used, that checkpoint's.
+    Raises ValueError for flags that break a rule or differ from the checkpoint's.
     """
     argv = sys.argv[1:] if argv is None else argv
     first, default = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")]), {}
@@ -477,7 +477,7 @@ def load_photos(args: Args, held_out: bool) -> tuple[list[Tensor], str]:
     cache = Path(args.cache_dir or Path(args.data_dir, "cache")).expanduser()
     read, source, files = draw_shape, range(1_000), []
     if args.dataset == "folder":
-        skip = filter(None, (args.out_dir, apart, args.mask_dir))  # never to train on
+        skip = [Path(x).expanduser() for x in (args.out_dir, apart, args.mask_dir) if x]
         read, source = open_image, fid.image_files(root, [cache, *skip])
         stats = zip(source, map(os.stat, source))
         files = [(str(f.relative_to(root)), s.st_size, s.st_mtime_ns) for f, s in stats]
@@ -615,14 +615,14 @@ def run_folder(args: Args) -> Path:
 
 # differs from giu_gan.py: mode inpaint takes the generator alone
 def find_checkpoint(args: Args) -> Path:
-    """Return what to train on: the run's own checkpoint.pt if it is there, else --checkpoint.
+    """Return --checkpoint or the run's best.pt or checkpoint.pt; training prefers the latter.
 
-    In other modes --checkpoint, else the run's: generator.pt to inpaint, best.pt, checkpoint.pt.
+    Mode inpaint takes its generator.pt, and so does mode sample of the first of --runs.
     """
     best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
     if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
-    if args.mode == "inpaint" or args.runs:
+    if args.mode == "inpaint" or (args.mode == "sample" and args.runs):
         return Path(*args.runs[:1] or [run_folder(args)], "generator.pt")
     return best if best.exists() and args.mode != "train" else last
 
@@ -686,12 +686,14 @@ class Run:
     """The progress of a training: step, lowest FID and its step, log, checkpoints of `parts`."""
 
     def __init__(self, args: Args, data: str, parts: dict[str, Any]) -> None:
-        """Start in the run's folder or, with --resume, from its checkpoint."""
+        """Start in the run's folder; with --resume or --checkpoint, from where that stands."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
-            state = load(find_checkpoint(args), parts)
-            self.step, self.best = state["step"], state["best"]
+        path = find_checkpoint(args)
+        if (args.resume or args.checkpoint) and path.exists():
+            state = load(path, parts)
+            self.step = state["step"]
+            self.best = state["best"] if path.parent == self.folder else self.best
             if state["data"] != data:
                 raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
         if RANK == 0:
@@ -909,9 +911,9 @@ def inpaint(args: Args) -> None:
     root = source if source.is_dir() else source.parent
     for file in fid.image_files(root, [masks, output]) if source.is_dir() else [source]:
         name = file.relative_to(root).with_suffix("")
-        mask = named.get(name, masks / file.name) if named else masks
+        mask = named.get(name, masks / file.relative_to(root)) if named else masks
         one = output.suffix and source.is_file()
-        target = output if one else (output / name).with_suffix(".png")
+        target = output if one else output / f"{name}.png"
         if target.resolve() in (file.resolve(), mask.resolve()):
             raise ValueError(f"--output must leave the inputs as they are, got {target}")
         rgb, image, found = open_image(file), Image.open(file), open_image(mask).size
@@ -940,7 +942,7 @@ def inpaint(args: Args) -> None:
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, float]:
-    """Train from the start or, with --resume, from the checkpoint; return the last scores."""
+    """Train from the start or from a checkpoint; return the last scores."""
     device, amp, scaler = setup(args)
     (photos, content), (held_out, _) = (load_photos(args, part) for part in (False, True))
     if len(photos) < args.batch_size:
@@ -952,7 +954,7 @@ def train(args: Args) -> dict[str, float]:
     g_opt = torch.optim.Adam(G.parameters(), args.g_lr, (args.beta1, args.beta2), fused=True)
     d_opt = torch.optim.Adam(D.parameters(), args.d_lr, (args.beta1, args.beta2), fused=True)
     run = Run(args, content, {"G": G, "D": D, "g_opt": g_opt, "d_opt": d_opt, "scaler": scaler})
-    run.best = run.best if run.step else {}  # by phase: the highest PSNR, its step
+    run.best = run.best if isinstance(run.best, dict) else {}  # by phase: highest PSNR, its step
     done = run.step + args.n_critic * max(0, run.step - args.phase1_steps)  # batches
     batches = photo_batches(args, photos, device, done)
     noise, n, scores = torch.Generator(device), args.batch_size, {}

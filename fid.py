@@ -360,7 +360,7 @@ def image_files(folder: str | Path, skip: Iterable[str | Path] = ()) -> list[Pat
 
     visit(Path(folder), {Path(path).resolve() for path in skip} - {Path(folder).resolve()})
     if not images:
-        raise ValueError(f"no images ({SUFFIXES}) under {folder}; a run's: its generated/STEP")
+        raise ValueError(f"no images ({SUFFIXES}) under {folder}; a run's are in generated/STEP")
     if others:
         warnings.warn(f"{folder}: {len(others)} other files are skipped, as {others[0].name}")
     return sorted(images)

@@ -28,7 +28,7 @@ Differences from the paper
     image, squeezed (`--dataset celeba-squashed`). FIDs of different crops do not compare.
  6. Weights start at N(0, 0.02), in SAGAN Xavier, Theta and all of gcn Glorot, the gain at 0. The
     spectral norm of SAGAN overrides these scales, Theta's too. In DCGAN W_v z starts at 2 % of x
-    with NL, at half of x with GCA: this alone may tilt the comparison.
+    with NL, at half (G) or a third (D) of x with GCA: this alone may tilt the comparison.
  7. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
  8. A is binarised only by `--gca-binarize`, at a row's mean 1 / (H W); no threshold is stated.
  9. Heat maps (Figure 5) are channel means of D's maps of real images, each stretched to [0, 1].
@@ -97,7 +97,7 @@ class Args:
     cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     out_dir: str = "runs"  # folder of the run folders
     resume: bool = False  # resume from this run's checkpoint if there is one
-    checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
+    checkpoint: str = ""  # checkpoint to use or start from; empty: the run's best.pt, else its last
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 39_550  # generator updates to train for
     log_every: int = 100  # steps between lines of the log; the last step ends every interval
@@ -179,8 +179,8 @@ DEFAULTS = {  # what a data set or a row changes; flags that are given win
 def parse(argv: list[str] | None = None) -> Args:
     """Parse the command line twice: the first pass finds the defaults of the second.
 
-    They are the row's or, on --resume and in modes other than train, the checkpoint's. Raises
-    ValueError for flags that break a rule or differ from the checkpoint's.
+    They are the row's or, where a checkpoint is resumed, started from or used, that checkpoint's.
+    Raises ValueError for flags that break a rule or differ from the checkpoint's.
     """
     argv = sys.argv[1:] if argv is None else argv
     first_argv = [a for a in argv if a not in ("-h", "--help")]
@@ -188,8 +188,7 @@ def parse(argv: list[str] | None = None) -> Args:
     for (flag, value), row in DEFAULTS.items():
         default |= row if getattr(first, flag) == value else {}
     first = tyro.cli(Args, args=first_argv, default=Args(**default))
-    path = Path(first.runs[0], "checkpoint.pt") if first.runs else find_checkpoint(first)
-    saved = {}
+    path, saved = find_checkpoint(first), {}
     if path.exists() and (first.resume or first.checkpoint or first.mode != "train"):
         saved = torch.load(path, "cpu", weights_only=True)["args"]
         default = saved | {"checkpoint": "", "resume": False}
@@ -210,7 +209,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    real = args.fid_real
+    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
     n, size, k, training = args.batch_size, args.img_size, args.gca_k, args.mode == "train"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     agree = (args.model == "consingan") == (args.dataset == "image") == (args.image != "")
@@ -732,8 +732,11 @@ def run_folder(args: Args) -> Path:
     return Path(args.out_dir).expanduser() / name
 
 
+# differs from giu_gan.py: mode sample takes its flags from the first of --runs
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    """Return --checkpoint or the run's best.pt or checkpoint.pt; training prefers the latter."""
+    if args.mode == "sample" and args.runs:
+        return Path(args.runs[0], "checkpoint.pt")
     best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
     if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
@@ -799,12 +802,14 @@ class Run:
     """The progress of a training: step, lowest FID and its step, log, checkpoints of `parts`."""
 
     def __init__(self, args: Args, data: str, parts: dict[str, Any]) -> None:
-        """Start in the run's folder or, with --resume, from its checkpoint."""
+        """Start in the run's folder; with --resume or --checkpoint, from where that stands."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
-            state = load(find_checkpoint(args), parts)
-            self.step, self.best = state["step"], state["best"]
+        path = find_checkpoint(args)
+        if (args.resume or args.checkpoint) and path.exists():
+            state = load(path, parts)
+            self.step = state["step"]
+            self.best = state["best"] if path.parent == self.folder else self.best
             if state["data"] != data:
                 raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
         if RANK == 0:
@@ -928,10 +933,12 @@ def table(runs: list[Args], paths: list[Path]) -> str:
     """Return Table 1 in Markdown: published FIDs, then those of runs, their seeds together."""
     found = {(ROWS[i], name): [fids[i]] for name, fids in PUBLISHED.items() for i in range(5)}
     for args, path in zip(runs, paths):
-        file = path.with_name("evaluate.json")
-        about = json.loads(file.read_text()) if file.exists() else {"step": args.total_steps}
+        usual, file = {"total_steps": Args.total_steps}, path.with_name("evaluate.json")
+        for (flag, value), row in DEFAULTS.items():
+            usual |= row if getattr(args, flag) == value else {}
+        about = json.loads(file.read_text()) if file.exists() else {"step": usual["total_steps"]}
         label = ", random features" if about.get("weights") == "random" else ""
-        step = "" if about["step"] == args.total_steps else f", step {about['step']}"
+        step = "" if about["step"] == usual["total_steps"] else f", step {about['step']}"
         cell = args.exp_name or row_name(args), f"{args.dataset}{step}{label}"
         found.setdefault(cell, []).extend([about["fid"]] if "fid" in about else [])
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*found))
@@ -1091,7 +1098,7 @@ def compare_photos(runs: list[Args], paths: list[Path], device: torch.device) ->
         if about.get("step") == step:
             print(f"    SIFID {about['sifid']:.4g} ± {about['sifid_std']:.2g}, {about['weights']}")
         else:
-            print("    SIFID: by --mode evaluate first")
+            print("    no SIFID of this step: run --mode evaluate first")
     target, strips = paths[0].parent, pad_sequence(strips, batch_first=True)
     save_image(torch.cat(pairs) / 255, target / "pairs.png", nrow=5)
     save_image(strips.flatten(0, 1) / 255, target / "stages.png", nrow=strips.shape[1])
@@ -1100,7 +1107,7 @@ def compare_photos(runs: list[Args], paths: list[Path], device: torch.device) ->
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, float]:
-    """Train from the start or, with --resume, from the checkpoint; return the last scores."""
+    """Train from the start or from a checkpoint; return the last scores."""
     device, amp, scaler = setup(args)
     inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
     images, labels, file = load_images(args, device)

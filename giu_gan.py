@@ -86,7 +86,7 @@ class Args:
     cache_dir: str = ""  # folder of decoded images and FID moments; empty: cache in --data-dir
     out_dir: str = "runs"  # folder of the run folders
     resume: bool = False  # resume from this run's checkpoint if there is one
-    checkpoint: str = ""  # checkpoint to use; empty: the run's best.pt, else its checkpoint.pt
+    checkpoint: str = ""  # checkpoint to use or start from; empty: the run's best.pt, else its last
     dry_run: bool = False  # print the flags and the parameter counts as JSON and exit
     total_steps: int = 1_000_000  # generator updates to train for
     log_every: int = 100  # steps between lines of the log; the last step ends every interval
@@ -141,8 +141,8 @@ DEFAULTS = {  # what a data set or a row changes; flags that are given win
 def parse(argv: list[str] | None = None) -> Args:
     """Parse the command line twice: the first pass finds the defaults of the second.
 
-    They are the row's or, on --resume and in modes other than train, the checkpoint's. Raises
-    ValueError for flags that break a rule or differ from the checkpoint's.
+    They are the row's or, where a checkpoint is resumed, started from or used, that checkpoint's.
+    Raises ValueError for flags that break a rule or differ from the checkpoint's.
     """
     argv = sys.argv[1:] if argv is None else argv
     first, default = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")]), {}
@@ -170,7 +170,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield args.fid_real != 1, "--fid-real must be 0 or at least 2, got 1"
+    real = args.fid_real
+    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
@@ -534,7 +535,7 @@ def run_folder(args: Args) -> Path:
 
 
 def find_checkpoint(args: Args) -> Path:
-    """Return --checkpoint or the run's best.pt, else its last; to train on its last comes first."""
+    """Return --checkpoint or the run's best.pt or checkpoint.pt; training prefers the latter."""
     best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
     if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
@@ -600,12 +601,14 @@ class Run:
     """The progress of a training: step, lowest FID and its step, log, checkpoints of `parts`."""
 
     def __init__(self, args: Args, data: str, parts: dict[str, Any]) -> None:
-        """Start in the run's folder or, with --resume, from its checkpoint."""
+        """Start in the run's folder; with --resume or --checkpoint, from where that stands."""
         self.args, self.data, self.parts, self.folder = args, data, parts, run_folder(args)
         self.step, self.best, self.sums, self.count = 0, (math.inf, 0), {}, 0
-        if (args.resume or args.checkpoint) and find_checkpoint(args).exists():
-            state = load(find_checkpoint(args), parts)
-            self.step, self.best = state["step"], state["best"]
+        path = find_checkpoint(args)
+        if (args.resume or args.checkpoint) and path.exists():
+            state = load(path, parts)
+            self.step = state["step"]
+            self.best = state["best"] if path.parent == self.folder else self.best
             if state["data"] != data:
                 raise ValueError(f"--data-dir must hold {state['data']} of the run, got {data}")
         if RANK == 0:
@@ -754,7 +757,7 @@ def write_images(folder: Path, images: Tensor) -> None:
 
 # ---- 9. Training ---------------------------------------------------------------------------------
 def train(args: Args) -> dict[str, float]:
-    """Train from the start or, with --resume, from the checkpoint; return the last scores."""
+    """Train from the start or from a checkpoint; return the last scores."""
     device, amp, scaler = setup(args)
     inception = fid.load_inception(args.fid_weights, device) if args.eval_every else None
     images, labels, file = load_images(args, device)

@@ -445,16 +445,17 @@ def test_inpaint_says_what_is_odd(inpaint):
 def test_inpaint_folders_by_name(inpaint):
     write_photos("in", 2)
     write_photos("masks", 2)
-    write_photos("in/deeper", 1)
-    write_photos("masks/deeper", 1)
+    for folder in ("in", "masks"):
+        write_photos(f"{folder}/deeper", 1)
+        Path(f"{folder}/photo00.png").rename(f"{folder}/photo01.5.png")
     Image.new("L", (160, 64), 255).save("masks/deeper/photo00.png")
-    for _ in "12":  # what a run wrote is no input of the next
+    for _ in range(2):  # what a run wrote is no input of the next
         code, out, err = inpaint("--image in --mask masks --output in/out.dir")
         assert (code, err.count("\n"), out.count("filled")) == (0, 1, 3), err
     assert len(an_inpaint.fid.image_files("in/out.dir")) == 3
-    Path("masks/photo01.png").unlink()
+    Path("masks/deeper/photo00.png").rename("masks/photo00.png")  # another photograph's
     code, _, err = inpaint("--image in --mask masks --output out")
-    assert code == 2 and "cannot read masks/photo01.png" in err
+    assert code == 2 and "cannot read masks/deeper/photo00.png" in err
 
 
 def test_inpaint_refuses_to_overwrite_and_names_what_is_broken(inpaint):

@@ -400,12 +400,11 @@ def test_figures_2_and_3_from_run_folders(few, capsys):
         sagan_div.load(folders[-1] / "checkpoint.pt", nets)
         wanted.append(sagan_div.generate(G, sagan_div.eval_noise(args, 4)))
     os.rename(folders[0] / "checkpoint.pt", folders[0] / "best.pt")
-    (folders[0] / "checkpoint.pt").write_text("not read")
-    sagan_div.sample(quick(f"--mode sample --dataset mnist --out-dir elsewhere/new --runs "
-                           f"{folders[0]} {folders[1]}"))
+    (folders[0] / "checkpoint.pt").write_bytes((folders[1] / "checkpoint.pt").read_bytes())
+    sagan_div.sample(quick(f"--mode sample --out-dir else/new --runs {folders[0]} {folders[1]}"))
     assert f"real, {folders[0]}, {folders[1]}" in capsys.readouterr().out
     assert not Path("data").exists()
-    with Image.open("elsewhere/new/sagan_div__shapes.png") as image:
+    with Image.open("else/new/sagan_div__shapes.png") as image:
         found = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     images = sagan_div.load_images(args, torch.device("cpu"), 3)[0]
     assert found.shape == (3, 86, 242)  # grids of 2 x 2, 2 pixels between images, 8 between grids

@@ -235,7 +235,7 @@ def test_a_signal_saves_and_says_how_to_resume(number, tiny, tmp_path):
 
 def test_an_interrupted_decoding_leaves_no_file(tiny, tmp_path):
     process = start("giu_gan", *tiny("giu_gan", "--img-size 128 --cache-dir cache"), cwd=tmp_path)
-    while not list(tmp_path.glob("cache/*/*")):
+    while process.poll() is None and not list(tmp_path.glob("cache/*/*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)  # the step it would end has not begun
