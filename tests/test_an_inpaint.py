@@ -260,7 +260,7 @@ def load(held_out=False, **flags):
     return an_inpaint.load_photos(Args(**SMALL | {"data_dir": "photos"} | flags), held_out)
 
 
-def test_photographs_are_upright_decoded_once_and_every_20th_is_held_out(capsys):
+def test_photographs_are_upright_decoded_once_and_every_20th_is_held_out(capsys, monkeypatch):
     write_photos("photos", 41)
     side, exif = Image.open("photos/photo01.png"), Image.Exif()
     exif[0x0112] = 6
@@ -280,7 +280,8 @@ def test_photographs_are_upright_decoded_once_and_every_20th_is_held_out(capsys)
     write_photos("other", 2)
     assert len(load(eval_dir="other")[0]) == 41 and len(load(True, eval_dir="other")[0]) == 2
     write_photos("photos/test", 2)  # what is held out, and masks, are never trained on
-    apart = load(eval_dir="photos/test")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    apart = load(eval_dir="~/photos/test")
     assert len(apart[0]) == 41 and len(load()[0]) == 40 and load(mask_dir="photos/test")[1] == name
     assert apart[1] != name  # nor is a run resumed that was trained on others
     Image.new("RGB", (9, 9)).save("photos/photo00.png")
@@ -498,6 +499,7 @@ def test_two_phases_their_best_checkpoints_and_pictures(call, monkeypatch, tiny)
     assert code == 0, err
     assert Image.open("runs/an_inpaint__folder.png").size == (4 * 32 + 4, 2 * 34 + 2)
     assert Image.open(run / "layouts.png").size == (16 * 34 + 2, 2 * 34 + 2)
+    assert an_inpaint.find_checkpoint(Args(runs=("a",))).name == "checkpoint.pt"  # to train on
 
 
 BAD = {

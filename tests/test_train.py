@@ -207,11 +207,12 @@ def test_checkpoints_are_named_once_and_their_scaler_may_be_off(script, call, ti
     """A run that went on from another's checkpoint goes on from its own the next time."""
     assert call(script, *tiny(script, "--total-steps 1 --exp-name first"))[0] == 0
     source = run_folder() / "checkpoint.pt"
+    torch.save(state(source.parent) | {"best": (1.0, 1)}, source)
     go_on = f"--exp-name second --checkpoint {source}"
     code, out, err = call(script, *tiny(script, f"{go_on} --total-steps 2"))
     assert code == 0 and "from step 1" in out, err
     code, out, err = call(script, *tiny(script, f"{go_on} --total-steps 3 --resume"))
-    assert code == 0 and "from step 2" in out, err
+    assert code == 0 and "from step 2" in out and "lowest FID 1 " not in out, err
     code, out, err = call(script, *tiny(script, "--exp-name third --resume --checkpoint typo.pt"))
     assert code == 2 and "typo.pt does not exist" in err
     module = importlib.import_module(script)

@@ -1,7 +1,7 @@
 """Table 5 of the AN paper: inference time of AN and of self-attention, batch 1, 32 channels.
 
     python tests/benchmarks/bench_an_gan.py                        # 128^2 to 1024^2
-    python tests/benchmarks/bench_an_gan.py --sides 128 256 --device cuda --repeats 50
+    python tests/benchmarks/bench_an_gan.py --sides 128 256 --device cuda
 
 Median milliseconds of the layers of an_gan.py in this process, in eval mode without gradient: AN
 with 16 entities; AN with self-sampling, as in training; self-attention (SA) that writes its map
@@ -44,7 +44,7 @@ def write_map(layer: an_gan.PooledAttention, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def milliseconds(layer: Callable, x: torch.Tensor, repeats: int) -> float:
+def milliseconds(layer: Callable, x: torch.Tensor, repeats: int = 10) -> float:
     """Median time of a call after two to warm up; fewer calls where one takes seconds."""
     times = []
     while len(times) < 2 + repeats and sum(times) < 20_000:
@@ -60,7 +60,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
@@ -69,15 +68,14 @@ def main() -> None:
     device, channels = torch.device(options.device), 32
     an = an_gan.AttentiveNorm(channels, an_gan.Args()).to(device)
     attention = an_gan.PooledAttention(channels).to(device)
-    print(f"torch {torch.__version__}, {device}, {channels} channels, median ms")
     print(("{:>12}" * 6).format("size", "AN", "AN sampling", "SA", "ns/pixel", "growth"))
     sa, smallest = partial(write_map, attention), None
     for side in options.sides:
         x = torch.randn(1, channels, side, side, device=device)
-        times = [milliseconds(layer, x, options.repeats) for layer in (an.eval(), an.train())]
+        times = [milliseconds(layer, x) for layer in (an.eval(), an.train())]
         cells = [f"{ms:.2f}" for ms in times]
         fits = 2.2 * side**4 < free_bytes(device)  # the logits and their softmax
-        cells.append(f"{milliseconds(sa, x, options.repeats):.2f}" if fits else "-")
+        cells.append(f"{milliseconds(sa, x):.2f}" if fits else "-")
         pixel = 1e6 * times[0] / side**2
         smallest = smallest or pixel
         cells += [f"{pixel:.0f}", f"{pixel / smallest:.2f}"]
