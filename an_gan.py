@@ -707,13 +707,15 @@ class Run:
         text = ", ".join(f"{k} {v:.4f}" for k, v in means.items() if k.startswith("loss/"))
         done = f"step {self.step} ({self.step / total:.1%}), {rate:.3g} steps/s, {left} left"
         print(f"{done}, {text}")
+        self.sums, self.count = {}, 0
         self.write(means | {"perf/steps_per_sec": rate})
-        self.sums, self.count, self.clock = {}, 0, time.perf_counter()
 
     def write(self, values: dict[str, float]) -> None:
-        """Write values to TensorBoard."""
+        """Write values to TensorBoard; the time of an evaluation is not that of the next steps."""
         for name, value in values.items():
             self.board.add_scalar(name, value, self.step)
+        if not self.count:
+            self.clock = time.perf_counter()
 
     def save(self, name: str) -> None:
         """Write a checkpoint to a temporary file, then rename it."""

@@ -16,10 +16,8 @@ os.environ["TORCH_HOME"] = str(ROOT / "tests" / "no-weights-here")  # never a ca
 SCRIPTS = ["giu_gan", "sagan_div", "sagan_dogs", "gca_gan", "an_gan", "an_inpaint"]
 
 # A run of seconds on one core; later flags win.
-QUICK = (
-    "--dataset shapes --total-steps 4 --log-every 2 --sample-every 2 --eval-every 0 --save-every 2 "
-    "--num-samples 4"
-)
+QUICK = ("--dataset shapes --total-steps 4 --log-every 2 --sample-every 2 --eval-every 0 "
+         "--save-every 2 --num-samples 4")  # fmt: skip
 TINY = {
     "giu_gan": "--batch-size 8 --g-ch 16 --d-ch 16",
     "sagan_div": "--img-size 32 --batch-size 8 --g-ch 4 --d-ch 4 --n-critic 2",
