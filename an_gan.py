@@ -893,7 +893,12 @@ def sample(args: Args) -> None:
     step, folder, size = load(path, nets)["step"], path.parent, args.img_size
     G = settled(args, G)
     grid, classes = class_grid(args, G)
-    write_images(folder / f"generated/{step}", grid)
+    generated = folder / f"generated/{step}"
+    generated.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(grid):
+        save_image(image, generated / f"{i:05d}.png")
+    save_image(grid, folder / f"generated-{step}.png", nrow=math.isqrt(len(grid)))
+    print(f"{len(grid)} images in {generated}, a grid in {generated.parent}-{step}.png")
     save_image(grid, folder / "classes.png", nrow=len(classes))
     if len(classes) > 1:
         save_image(interpolation(args, G, classes), folder / "interpolation.png", nrow=8)
@@ -911,16 +916,6 @@ def sample(args: Args) -> None:
     panels = torch.stack([region_histograms(*pair, colours) for pair in zip(features, layouts)])
     pairs = F.interpolate(torch.cat([images, hard], dim=3), (256, 512))
     save_image(torch.cat([pairs, panels], dim=3), folder / "regions.png", nrow=1)
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(image, folder / f"{i:05d}.png")
-    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
-    save_image(images, grid, nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------

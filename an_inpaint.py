@@ -840,23 +840,19 @@ def sample(args: Args) -> None:
         run = Args(**saved | {"device": args.device})
         G, step = load_generator(run, path)
         columns.append(complete(G, real, mask))
-        write_images(path.parent / f"generated/{step}", columns[-1] / 255)
+        folder, images = path.parent / f"generated/{step}", columns[-1] / 255
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(images):
+            save_image(image, folder / f"{i:05d}.png")
+        grid = path.with_name(f"generated-{folder.name}.png")  # not among what fid.py reads
+        save_image(images, grid, nrow=math.isqrt(len(images)))
+        print(f"{len(images)} images in {folder}, a grid in {grid}")
         if run.refine == "an":
             cells = layout_maps(G, real, mask).flatten(0, 1)
             save_image(cells, path.with_name("layouts.png"), nrow=run.entities)
     file = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{args.dataset}.png"
     save_image(torch.cat((*columns, real), dim=3) / 255, file, nrow=1)
     print(f"{file}: input, {', '.join(args.runs or ['result'])}, original")
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(image, folder / f"{i:05d}.png")
-    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
-    save_image(images, grid, nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 def fill_holes(args: Args, G: nn.Module, photo: Tensor, hole: Tensor) -> Tensor:

@@ -1007,15 +1007,11 @@ def sample(args: Args) -> None:
     n = args.num_samples
     images = photo_samples(G, n, args.scale) if args.photo else generate(G, eval_noise(args, n))
     size = f"-{images.shape[2]}x{images.shape[3]}" if args.scale != (1, 1) else ""
-    write_images(path.parent / f"generated/{step}{size}", images / 255)
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
+    folder, images = path.parent / f"generated/{step}{size}", images / 255
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, folder / f"{i:05d}.png")
-    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
+    grid = path.with_name(f"generated-{folder.name}.png")  # not among what fid.py reads
     save_image(images, grid, nrow=math.isqrt(len(images)))
     print(f"{len(images)} images in {folder}, a grid in {grid}")
 

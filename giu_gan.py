@@ -730,9 +730,14 @@ def sample(args: Args) -> None:
     """Mode sample: images of G (Figures 8, 11); hidden maps of D on real images (Figures 1, 2)."""
     device, path = setup(args)[0], find_checkpoint(args)
     nets, G = build(args, device)
-    step = load(path, nets)["step"]
-    images = generate(G, eval_noise(args, args.num_samples))
-    write_images(path.parent / f"generated/{step}", images / 255)
+    folder = path.parent / f"generated/{load(path, nets)['step']}"
+    images = generate(G, eval_noise(args, args.num_samples)) / 255
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        save_image(image, folder / f"{i:05d}.png")
+    grid = path.with_name(f"generated-{folder.name}.png")  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
     try:
         x = load_images(args, device)[0][:8].to(device) / 127.5 - 1
     except (OSError, ValueError) as error:
@@ -745,16 +750,6 @@ def sample(args: Args) -> None:
     columns += [principal_maps(x).expand(-1, 3, -1, -1) for x in maps]
     cells = torch.stack([F.interpolate(column, args.img_size) for column in columns], 1)
     save_image(cells.flatten(0, 1), path.with_name("pca.png"), nrow=len(columns))
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(image, folder / f"{i:05d}.png")
-    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
-    save_image(images, grid, nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------

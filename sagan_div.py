@@ -659,9 +659,14 @@ def sample(args: Args) -> None:
         return compare_runs(args)
     device, path = setup(args)[0], find_checkpoint(args)
     nets, G = build(args, device)
-    step = load(path, nets)["step"]
-    images = generate(G, eval_noise(args, args.num_samples))
-    write_images(path.parent / f"generated/{step}", images / 255)
+    folder = path.parent / f"generated/{load(path, nets)['step']}"
+    images = generate(G, eval_noise(args, args.num_samples)) / 255
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        save_image(image, folder / f"{i:05d}.png")
+    grid = path.with_name(f"generated-{folder.name}.png")  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 def compare_runs(args: Args) -> None:
@@ -681,16 +686,6 @@ def compare_runs(args: Args) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(grids, path, nrow=len(grids), padding=8, pad_value=1)
     print(f"{path}: real, {', '.join(args.runs)}")
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(image, folder / f"{i:05d}.png")
-    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
-    save_image(images, grid, nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------

@@ -714,7 +714,13 @@ def sample(args: Args) -> None:
     device, path = setup(args)[0], find_checkpoint(args)
     nets, G = build(args, device)
     step, z = load(path, nets)["step"], eval_noise(args, args.num_samples)
-    write_images(path.parent / f"generated/{step}", generate(G, z).cpu() / 255)
+    folder, images = path.parent / f"generated/{step}", generate(G, z).cpu() / 255
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        save_image(image, folder / f"{i:05d}.png")
+    grid = path.with_name(f"generated-{folder.name}.png")  # not among what fid.py reads
+    save_image(images, grid, nrow=math.isqrt(len(images)))
+    print(f"{len(images)} images in {folder}, a grid in {grid}")
     if args.attn_g and args.attention in ("full", "no-d"):
         cells = draw_attention(G, z[:4], args.query)
         save_image(cells, path.with_name("attention.png"), nrow=1 + len(args.query))
@@ -737,16 +743,6 @@ def compare_milestones(args: Args) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_image(torch.cat(rows) / 255, path, nrow=8)
         print(f"{path}: a row each for {', '.join(run.name for run in runs)}")
-
-
-def write_images(folder: Path, images: Tensor) -> None:
-    """Write images (N, C, H, W) in [0, 1] as PNGs to generated/<step>, a grid to the run folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_image(image, folder / f"{i:05d}.png")
-    grid = folder.parents[1] / f"generated-{folder.name}.png"  # not among what fid.py reads
-    save_image(images, grid, nrow=math.isqrt(len(images)))
-    print(f"{len(images)} images in {folder}, a grid in {grid}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
