@@ -188,6 +188,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
+    yield not training or path.name != "generator.pt", f"--checkpoint must hold D, got {path}"
     there = path.exists() or (training and not args.checkpoint)
     yield there, f"{path} does not exist: train first, or name a --checkpoint"
     new = not training or args.resume or args.dry_run or RANK > 0 or not folder.exists()
@@ -910,8 +911,7 @@ def inpaint(args: Args) -> None:
     for file in fid.image_files(root, [masks, output]) if source.is_dir() else [source]:
         name = file.relative_to(root).with_suffix("")
         mask = named.get(name, masks / file.relative_to(root)) if named else masks
-        one = output.suffix and source.is_file()
-        target = output if one else output / f"{name}.png"
+        target = output if output.suffix and source.is_file() else output / f"{name}.png"
         if target.resolve() in (file.resolve(), mask.resolve()):
             raise ValueError(f"--output must leave the inputs as they are, got {target}")
         rgb, image, found = open_image(file), Image.open(file), open_image(mask).size

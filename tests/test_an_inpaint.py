@@ -397,8 +397,7 @@ def inpaint(call):
     noise("RGB").save("p.png")
     Image.new("L", (35, 26), 255).save("m.png")
     torch.save({"G": Generator(args).state_dict(), "args": vars(args), "step": 3}, "generator.pt")
-    mode = "--mode inpaint --checkpoint generator.pt"
-    return lambda flags: call("an_inpaint", *f"{mode} {flags}".split())
+    return lambda x: call("an_inpaint", *f"--mode inpaint --checkpoint generator.pt {x}".split())
 
 
 @pytest.mark.parametrize(
@@ -508,6 +507,7 @@ BAD = {
     "--shrink 0.5": "--shrink must be from 0 to below 0.5, got 0.5",
     "--img-size 32 --entities 17": "--entities must be from 1 to 16, got 17",
     "--train-mask stroke": "--no-local-critic must go with --train-mask stroke: it has no box",
+    "--checkpoint generator.pt": "--checkpoint must hold D, got generator.pt",
     "--eval-mask file": "--mask-dir must be given for holes from files",
     "--mode inpaint --image a --mask b": "runs/an_inpaint__folder__an__s1/generator.pt does not "
     "exist: train first, or name a --checkpoint",
