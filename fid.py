@@ -347,7 +347,7 @@ def image_files(folder: str | Path, skip: Iterable[str | Path] = ()) -> list[Pat
 
     Left out: `skip`, hidden names, __MACOSX, and run folders (with args.json or checkpoint.pt).
     """
-    images, others = [], []
+    folder, images, others = Path(folder).expanduser(), [], []
 
     def visit(place: Path, excluded: set[Path]) -> None:
         if {"args.json", "checkpoint.pt"} & {*os.listdir(place)} or place.resolve() in excluded:
@@ -358,7 +358,7 @@ def image_files(folder: str | Path, skip: Iterable[str | Path] = ()) -> list[Pat
             elif not path.name.startswith((".", "__MACOSX")):
                 (images if path.suffix.lower() in SUFFIXES.split() else others).append(path)
 
-    visit(Path(folder), {Path(path).resolve() for path in skip} - {Path(folder).resolve()})
+    visit(folder, {Path(path).resolve() for path in skip} - {folder.resolve()})
     if not images:
         raise ValueError(f"no images ({SUFFIXES}) under {folder}; a run's are in generated/STEP")
     if others:
@@ -377,8 +377,10 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
 
 
-def folder_moments(net: Inception, files: list[Path], batch_size: int, logits: list) -> Moments:
-    """Moments of image files of any sizes; their logits (N, 1008) are appended to `logits`."""
+def folder_moments(
+    net: Inception, files: list[Path], batch_size: int, logits: Tensor | None = None
+) -> Moments:
+    """Moments of image files of any sizes; `logits` (N, 1008) is filled with theirs if given."""
 
     def read(path: Path) -> Tensor:
         rgb = np.asarray(open_image(path))
@@ -393,9 +395,10 @@ def folder_moments(net: Inception, files: list[Path], batch_size: int, logits: l
         for first, count in batches(len(files), batch_size, str(files[0].parent)):
             batch = torch.cat(list(ahead))
             ahead = pool.map(read, files[first + count :][:batch_size])
-            features, batch_logits = net(batch, prepared=True)
+            features, found = net(batch, prepared=True)
             moments.update(features)
-            logits.append(batch_logits.cpu())
+            if logits is not None:
+                logits[first : first + count] = found
     return moments
 
 
@@ -435,15 +438,16 @@ def compare_folders(args: Args) -> dict[str, Any]:
     net = load_inception(args.weights, args.device) if files else None
     if args.isc and not net.fc.weight.any():
         raise ValueError(f"--isc: {net.protocol['weights']} has no output layer")
-    logits = {folder: [] for folder in files}
-    measure = {f: partial(folder_moments, net, files[f], args.batch_size, logits[f]) for f in files}
+    measure = {f: partial(folder_moments, net, files[f], args.batch_size) for f in files}
+    if args.isc:  # else 4 KB an image for nothing
+        logits = torch.zeros(len(files[paths[-1]]), 1008)
+        measure[paths[-1]] = partial(measure[paths[-1]], logits)
     moments = [stored[path] if path in stored else measure[path]() for path in paths]
     result = {f"n_{side}": m.n for side, m in zip(("real", "generated"), moments)}
     if args.generated:
         result["fid"] = frechet_distance(*moments)
     if args.isc:
-        scores = inception_score(torch.cat(logits[paths[-1]]), args.splits)
-        result["isc_mean"], result["isc_std"] = scores
+        result["isc_mean"], result["isc_std"] = inception_score(logits, args.splits)
     if args.intra:
         sides = ({f.name: measure[f] for f in files if f.parent == path} for path in paths)
         result["intra_fid"] = intra_fid(*sides)
@@ -473,7 +477,7 @@ def main() -> None:
         if args.save and (args.save.suffix != ".npz" or args.save.exists()):
             raise ValueError(f"--save must name a new .npz file, got {args.save}")
         result = compare_images(args) if args.sifid else compare_folders(args)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # of a CPU build: no CUDA
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(json.dumps(result, indent=None if args.json else 2))

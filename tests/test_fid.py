@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 
 import fid
 import numpy as np
@@ -310,7 +311,7 @@ def test_sifid_is_the_distance_between_positions(dims, small, tmp_path):
 
 
 # ---- 5. Folders and the command ------------------------------------------------------------------
-def test_image_files(tmp_path, recwarn):
+def test_image_files(tmp_path, recwarn, monkeypatch):
     names = """b/one.PNG b/two.jpeg a/three.jfif four.tga b/deep/five.avif .hidden.png .git/six.png
         __MACOSX/seven.png run/args.json run/samples/eight.png old/checkpoint.pt old/nine.png
         out/ten.png cache/eleven.png b/notes.txt b/array.npy""".split()
@@ -325,7 +326,8 @@ def test_image_files(tmp_path, recwarn):
         "b/deep/five.avif", "b/one.PNG", "b/two.jpeg", "four.tga",
     ]  # fmt: skip
     assert "4 other files are skipped" in str(recwarn.pop().message)  # two, and again by the link
-    assert len(fid.image_files(tmp_path / "run" / "samples")) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(fid.image_files("~/run/samples")) == 1
     with pytest.raises(ValueError, match="no images.*generated"):
         fid.image_files(tmp_path / "run")
 
@@ -342,7 +344,15 @@ def test_files_score_as_in_pytorch_fid(net, weights, reference, features, tmp_pa
     theirs = [get_activations(paths, reference, 1, num_workers=0) for paths in files]
     code, out, err = run(mixed, plain, "--weights", weights, "--batch-size", 4, "--json")
     assert code == 0 and json.loads(out)["fid"] == pytest.approx(exact_distance(*theirs), rel=1e-4)
-    found = fid.folder_moments(net, files[1], 5, [])
+    kept, alive = [], []
+
+    def watch(net, inputs, outputs):
+        alive.append(sum(logits() is not None for logits in kept))
+        kept.append(weakref.ref(outputs[1]))
+
+    with net.register_forward_hook(watch):
+        found = fid.folder_moments(net, files[1], 2)
+    assert len(alive) > 3 and max(alive) <= 1  # memory does not grow with the images
     assert fid.frechet_distance(fid.dataset_moments(net, features[0], 3), found) < 1e-6
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)  # 16 bits are scaled
     Image.fromarray(levels * 257).save(mixed / "16.png")
@@ -403,6 +413,7 @@ def test_command_sifid_and_names_that_are_no_text(tmp_path, run):
     ("real stats.npz --isc", "need folders of images"), ("real fake --intre", "--intre"),
     ("real broken.npz", "not an .npz of moments"), ("notes.txt fake --sifid", "cannot be read"),
     ("real fake --device teapot --weights random", "teapot"),
+    ("real fake --device cuda --weights random", "error: "),
     ("cut fake --weights random", "error: cut/001.png cannot be read"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(command, words, tmp_path, run):

@@ -1,11 +1,9 @@
-"""What fid.py costs beside pytorch-fid: python tests/benchmarks/bench_fid.py [folder of photographs]
+"""What fid.py costs beside pytorch-fid: python tests/benchmarks/bench_fid.py
 
 1. Images/s of the features against pytorch-fid's network, equal random weights, alternating.
 2. Fréchet distance of 2048 features against the formula with scipy.linalg.sqrtm.
-3. With a folder: peak memory of the process after reading it, the network included.
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -69,15 +67,6 @@ def distance(n=5000, rounds=3):
     print(f"  {theirs / spent:.1f}, relative difference {abs(values[0] / expected - 1):.1e}")
 
 
-def memory(folder):
-    net, files = fid.load_inception("random"), fid.image_files(folder)
-    spent, _ = seconds(fid.folder_moments, net, files, 16, [])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux: KiB
-    print(f"{folder}: {spent:.1f} s, peak of the process {peak:.0f} MiB")
-
-
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        memory(sys.argv[1])  # first: the peak of a process never falls
     features()
     distance()
