@@ -98,7 +98,7 @@ class Args:
     fid_real: int = 0  # real images of an evaluation, spread over the data set; 0: all
     fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
     intra_num: int = 0  # generated images of each class for the intra-FID of evaluate; 0: none
-    classes: tuple[int, ...] = ()  # classes of intra-FID and pictures; empty: all, the first 10
+    classes: tuple[int, ...] = ()  # classes of intra-FID (empty: all) and pictures (empty: 10)
     # Data: from here on the flags of a checkpoint hold
     seed: int = 1  # seed of the weights, the noise and the order of the data
     dataset: Literal["imagenet", "cifar10", "folder", "shapes"] = "imagenet"
@@ -178,8 +178,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    real = args.fid_real
-    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
+    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
     n, size, entities, intra = args.batch_size, args.img_size, args.entities, args.intra_num
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
@@ -494,8 +493,7 @@ def open_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -536,7 +534,7 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
         dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
-    if len(labels) < args.batch_size:
+    if args.mode == "train" and len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content = zlib.crc32(repr([file[:2] for file in files]).encode())
     times = zlib.crc32(repr(files).encode())
@@ -772,14 +770,14 @@ def settled(args: Args, G: Generator) -> Generator:
 
 # differs from giu_gan.py: images of classes y (N,), drawn as frequent as in the data if not given
 def score(
-    args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: Path, y: Any = None
+    args: Args, inception: nn.Module, G: nn.Module, images: Tensor, file: Path | None, y: Any = None
 ) -> dict:
-    """Return FID and Inception Score of G against images (N, C, S, S), of the array file `file`."""
+    """Return FID and Inception Score of G against images (N, C, S, S); moments go beside `file`."""
     y = G.labels((args.fid_num,), torch.Generator().manual_seed(1)) if y is None else y
     count, z = min(args.fid_real or len(images), len(images)), eval_noise(args, len(y))
     if count < len(images):
         images = images[torch.arange(count) * len(images) // count]
-    cache = file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
+    cache = file and file.with_name(f"{file.stem}-{count}-{inception.protocol['sha256'][:8]}.npz")
     real = fid.dataset_moments(inception, images, 100, cache)
     scores = fid.score_generator(
         inception, lambda i, n: generate(G, z[i : i + n], y[i : i + n]), len(y), 100, real
@@ -799,8 +797,8 @@ def evaluate(args: Args) -> dict[str, Any]:
     scores, fids = about | score(args, inception, G, images, file), {}
     for label in (args.classes or range(args.num_classes)) if args.intra_num else ():  # Table 2
         print(f"class {label}: ", end="")
-        y, part = torch.full((args.intra_num,), label), file.with_stem(f"{file.stem}-class{label}")
-        fids[label] = score(args, inception, G, images[labels == label], part, y)["fid"]
+        y = torch.full((args.intra_num,), label)
+        fids[label] = score(args, inception, G, images[labels == label], None, y)["fid"]
     if fids:
         scores |= {"intra_fid": sum(fids.values()) / len(fids), "intra_fid_per_class": fids}
         print(f"intra-FID {scores['intra_fid']:.6g}, the mean of {len(fids)} classes")
@@ -946,10 +944,10 @@ def train(args: Args) -> dict[str, float]:
                 with torch.no_grad():
                     fake = G(z, fake_y).float()
                 # One by one: with --region-stats bn a joint batch would mix their statistics.
-                (real_logits, real_class), (fake_logits, fake_class) = D(real, y), D(fake, fake_y)
+                (real_logits, d_class), (fake_logits, _) = D(real, y), D(fake, fake_y)
             # The hinge loss; the paper prints min(1 - D), without the zero that it is cut at.
             d_loss = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
-            d_class, d_ortho = real_class + fake_class, orthogonality(D)
+            d_ortho = orthogonality(D)
             update(d_opt, D, d_loss + d_class + args.lambda_ortho * d_ortho, scaler)
         z, fake_y = draw(torch.randn, noise, n, args.z_dim), draw(G.labels, noise, n)
         with amp:

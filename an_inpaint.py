@@ -26,8 +26,8 @@ Differences from the paper
  3. The weight of the orthogonality, 1e-3 in both phases, is ours (not given).
  4. The weight of the reconstruction, 1.2, is DeepFill's (not given), of both stages' outputs in
     both phases. The authors' code averages over the hole and over the known pixels separately
-    (twice Eq. 9's mean on random images), weighs by depth, and adds an ID-MRF loss on VGG
-    features: not in the paper and not here.
+    (twice Eq. 9's mean where both err alike), weighs pixels deep in the hole less, and adds an
+    ID-MRF loss on VGG features: not in the paper and not here.
  5. Critic steps (5) and batch (16) are the authors' code's, the phases' lengths (40,000) ours.
  6. Training holes are boxes at random places less up to 1/8 on each side, 96 to 128 pixels, one
     per image (the authors': one per batch). Table 3's holes are taken to be centred and 128x128.
@@ -460,8 +460,7 @@ def open_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -624,7 +623,7 @@ def find_checkpoint(args: Args) -> Path:
     if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
     if args.mode == "inpaint" or (args.mode == "sample" and args.runs):
-        return Path(*args.runs[:1] or [run_folder(args)], "generator.pt")
+        return Path(*args.runs[:1] or [run_folder(args)], "generator.pt").expanduser()
     return best if best.exists() and args.mode != "train" else last
 
 
@@ -836,9 +835,9 @@ def sample(args: Args) -> None:
     """Mode sample: fill held-out images, by --runs side by side (Figure 9); draw AN's layouts."""
     real, mask = held_out_images(args, load_photos(args, held_out=True)[0], args.num_samples)
     columns = [real.where(mask == 0, 128)]
-    for path in [Path(run, "generator.pt") for run in args.runs] or [find_checkpoint(args)]:
-        saved = torch.load(path, "cpu", weights_only=True)["args"]
-        run = Args(**saved | {"device": args.device})
+    runs = [Path(run, "generator.pt").expanduser() for run in args.runs]
+    for path in runs or [find_checkpoint(args)]:
+        run = Args(**torch.load(path, "cpu", weights_only=True)["args"] | {"device": args.device})
         G, step = load_generator(run, path)
         columns.append(complete(G, real, mask))
         folder, images = path.parent / f"generated/{step}", columns[-1] / 255
@@ -852,6 +851,7 @@ def sample(args: Args) -> None:
             cells = layout_maps(G, real, mask).flatten(0, 1)
             save_image(cells, path.with_name("layouts.png"), nrow=run.entities)
     file = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{args.dataset}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_image(torch.cat((*columns, real), dim=3) / 255, file, nrow=1)
     print(f"{file}: input, {', '.join(args.runs or ['result'])}, original")
 

@@ -26,20 +26,20 @@ Differences from the paper
     --beta1 0.5 --beta2 0.999 --total-steps 39550`. DCGAN trains for 25 epochs.
  5. "Sampled to 64x64" is the central square of 178 pixels, resized; literally it is the whole
     image, squeezed (`--dataset celeba-squashed`). FIDs of different crops do not compare.
- 6. Weights start at N(0, 0.02), in SAGAN Xavier, Theta and all of gcn Glorot, the gain at 0. The
+ 6. Weights start at N(0, 0.02); all of SAGAN, all of gcn and Theta by Xavier; the gain at 0. The
     spectral norm of SAGAN overrides these scales, Theta's too. In DCGAN W_v z starts at 2 % of x
     with NL, at half (G) or a third (D) of x with GCA: this alone may tilt the comparison.
  7. SAGAN is the unconditional 64x64 network with one block at 8x8, not the 128x128 ResNet.
  8. A is binarised only by `--gca-binarize`, at a row's mean 1 / (H W); no threshold is stated.
  9. Heat maps (Figure 5) are channel means of D's maps of real images, each stretched to [0, 1].
-10. FID is fid.py's. Table 1 takes the last step, not the best.
+10. FID is fid.py's. Table 1 and mode evaluate take the last step, mode sample the best.
 11. ConSinGAN's GCA, which "only works in the first stage", follows stage 0's convolutions, stays in
     the path of the later stages and learns as long as they do.
 12. There `--block gca` takes Z = M Y^T (`--gca-y-transpose`): the printed Z = M Y adds the same map
     whatever the noise, and all samples are the photograph (see GCA).
 13. ConSinGAN is its released code (stages, rates, penalty per pixel) without its flaws: 1 or 2
     stages work, alpha is composited, a photograph too small for its stages is refused. It trains
-    --stages times --niter steps in fp32 and reads none of the flags of data sets and batches.
+    --stages times --niter steps in fp32 and reads no flags of data sets, batches, z, losses, EMA.
 14. SIFID has the 64 features of SinGAN's numbers, not the 192 of its text (`--sifid-dims`). A copy
     has the best SIFID: read it beside the diversity.
 """
@@ -110,7 +110,7 @@ class Args:
     fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
     runs: tuple[str, ...] = ()  # run folders that mode sample sets side by side
     image: str = ""  # photograph of any size, to learn from (gca_gan.py) or fill (an_inpaint.py)
-    scale: tuple[float, float] = (1.0, 1.0)  # mode sample: height and width over the photograph's
+    scale: tuple[float, float] = (1.0, 1.0)  # mode sample, ConSinGAN: factors of height and width
     sifid_num: int = 10  # samples of a SIFID, ConSinGAN's score
     sifid_dims: Literal[64, 192] = 64  # features of SIFID: as in SinGAN's code, or in its text
     # Data: from here on the flags of a checkpoint hold
@@ -209,8 +209,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    real = args.fid_real
-    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
+    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
     n, size, k, training = args.batch_size, args.img_size, args.gca_k, args.mode == "train"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     agree = (args.model == "consingan") == (args.dataset == "image") == (args.image != "")
@@ -364,8 +363,8 @@ class GCA(Gated):
 def start_weights(args: Args, net: nn.Module) -> None:
     """Weights at the start: N(0, 0.02) in DCGAN; in SAGAN Xavier, then spectral norm on all layers.
 
-    In this order: what is written to a weight under spectral norm is lost. Theta stays Glorot, and
-    so are all layers of gcn: four of them at 0.02 would leave p at under 1 % of x.
+    In this order: what is written to a weight under spectral norm is lost. Theta keeps its
+    Xavier, and so do all layers of gcn: four of them at 0.02 would leave p at under 1 % of x.
     """
     sagan, gcn = args.model == "sagan", (args.block, args.gca_variant) == ("gca", "gcn")
     for layer in list(net.modules()):
@@ -476,7 +475,7 @@ class PyramidGenerator(nn.Module):
 
     @torch.no_grad()
     def grow(self, sampler: Callable[..., Tensor]) -> None:
-        """Append a copy of the last stage; draw its z*; its amplitude is 0.1 of what z* is off."""
+        """Append a copy of the last stage; draw its z*; its amplitude is 0.1 of z*'s RMS error."""
         d = len(self.body)
         self.body.append(copy.deepcopy(self.body[-1]))
         self.register_buffer(f"z{d}", self.noise(sampler)[d])
@@ -575,8 +574,7 @@ def open_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -625,7 +623,7 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
         dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
-    if len(labels) < args.batch_size:
+    if args.mode == "train" and len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content = zlib.crc32(repr([file[:2] for file in files]).encode())
     times = zlib.crc32(repr(files).encode())
@@ -736,7 +734,7 @@ def run_folder(args: Args) -> Path:
 def find_checkpoint(args: Args) -> Path:
     """Return --checkpoint or the run's best.pt or checkpoint.pt; training prefers the latter."""
     if args.mode == "sample" and args.runs:
-        return Path(args.runs[0], "checkpoint.pt")
+        return Path(args.runs[0], "checkpoint.pt").expanduser()
     best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
     if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
@@ -940,6 +938,7 @@ def table(runs: list[Args], paths: list[Path]) -> str:
             usual |= row if getattr(args, flag) == value else {}
         about = json.loads(file.read_text()) if file.exists() else {"step": usual["total_steps"]}
         label = ", random features" if about.get("weights") == "random" else ""
+        label += f", {about['n_fake']} images" if "n_fake" in about else ""
         step = "" if about["step"] == usual["total_steps"] else f", step {about['step']}"
         cell = args.exp_name or row_name(args), f"{args.dataset}{step}{label}"
         found.setdefault(cell, []).extend([about["fid"]] if "fid" in about else [])
@@ -997,7 +996,7 @@ def sample(args: Args) -> None:
     """Mode sample: images of a checkpoint's G; with --runs the paper's figures of several runs."""
     device, path = setup(args)[0], find_checkpoint(args)
     if args.runs:
-        paths = [Path(run, "checkpoint.pt") for run in args.runs]
+        paths = [Path(run, "checkpoint.pt").expanduser() for run in args.runs]
         runs = [Args(**load(path, {})["args"]) for path in paths]
         runs[0] = replace(runs[0], data_dir=args.data_dir, cache_dir=args.cache_dir)
         if len({run.photo for run in runs}) > 1:
@@ -1094,7 +1093,8 @@ def compare_photos(runs: list[Args], paths: list[Path], device: torch.device) ->
         photo_scores(args, G)
         about = json.loads(file.read_text()) if file.exists() else {}
         if about.get("step") == step:
-            print(f"    SIFID {about['sifid']:.4g} ± {about['sifid_std']:.2g}, {about['weights']}")
+            found = f"{about['sifid']:.4g} ± {about['sifid_std']:.2g}, {about['dims']} features"
+            print(f"    SIFID {found}, {about['weights']}")
         else:
             print("    no SIFID of this step: run --mode evaluate first")
     target, strips = paths[0].parent, pad_sequence(strips, batch_first=True)

@@ -22,10 +22,11 @@ Differences from the paper
     couples the samples of a batch, which the gradient penalty takes for independent:
     `--d-kernel-norm layer` normalises each sample alone, `none` not at all.
  5. RBN replaces the first and the last batch norm of G, GIU stages not counted.
- 6. Readings of the baselines: Adam of Table 2 for all, hinge loss of SNGAN and SAGAN, cross-entropy
-    of DCGAN, SN in D only of SNGAN, attention without SN, LeakyReLU in WGAN-GP's G, twice the width
-    in DCGAN's. The third extra layer of WGAN-GP (+3) has 128 channels in G and 64 in D.
- 7. Initialisation is PyTorch's. CelebA: all 202,599 images (paper: 200,000), cropped to 160x160.
+ 6. Readings of the baselines: Table 2's Adam for all; hinge loss for SNGAN and SAGAN, cross-entropy
+    for DCGAN; SN only in D for SNGAN, none on attention; LeakyReLU in WGAN-GP's G; twice the width
+    in DCGAN's G. The third extra layer of WGAN-GP (+3) has 128 channels in G, 64 in D.
+ 7. One D step per G step: Algorithm 2's inner loop is read as a batch's samples. Initialisation and
+    the rest of Adagrad and RMSprop are PyTorch's. CelebA: all 202,599 images (paper: 200,000).
  8. Ours: mixed precision on CUDA (the penalty is in fp32), `--ema-decay` (off by default).
  9. FID and Inception Score are fid.py's, over 1,008 logits where the paper has 1,000 classes. An IS
     of 4.7 beside an FID of 22.7 needs another Inception: compare models, not tables.
@@ -110,14 +111,14 @@ class Args:
     z_dim: int = 128  # length of the noise vector
     g_ch: int = 64  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
-    giu: Placement = "deep-d-shallow-g"  # place of the GIUs (Table 1); as-costed: and at 4x4
+    giu: Placement = "deep-d-shallow-g"  # place of the GIUs (Table 1); as-costed: at 4x4 too
     kernel_size: int = 3  # side of the involution kernels, odd (Table 4)
     group_channels: int = 16  # channels that share an involution kernel (Table 4)
     kernel_reduction: int = 4  # channel reduction r1 of the kernel generator (the text says 16)
-    d_kernel_norm: Literal["batch", "layer", "none"] = "batch"  # in D's kernel generators (Eq. 5)
+    d_kernel_norm: Literal["batch", "layer", "none"] = "batch"  # norm in D's kernel generators
     rbn: bool = True  # representative batch norm as the first and last batch norm of G (Table 8)
     extra_layers: Literal[0, 2, 3] = 0  # 3x3 layers added to wgan-gp at 64x64 (Table 6)
-    sn: Literal["hidden", "all"] = "hidden"  # layers under spectral norm; all: output and GIU too
+    sn: Literal["hidden", "all"] = "hidden"  # layers under SN (giu, sagan, sngan); all: every one
     # Optimisation
     batch_size: int = 64  # images per update, shared out over the processes (Table 2)
     n_critic: int = 1  # discriminator updates per generator update
@@ -170,8 +171,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    real = args.fid_real
-    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
+    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
@@ -429,8 +429,7 @@ def open_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -471,7 +470,7 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
         dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
-    if len(labels) < args.batch_size:
+    if args.mode == "train" and len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content = zlib.crc32(repr([file[:2] for file in files]).encode())
     times = zlib.crc32(repr(files).encode())

@@ -26,12 +26,12 @@ Differences from the paper
  5. Not stated, from WGAN-div or the public code: k = 2, p = 6, slopes at the images themselves
     (WGAN-div: between them, `--div-points interp`), batch size, N(0, 0.02), LeakyReLU's 0.2.
  6. The baselines have Table 1's networks and their own papers' settings. `--recipe author` is the
-    public code's: a tenfold penalty in a to d, Adam's (0.5, 0.999), five D steps, in DCGAN and
-    SNGAN batches of 2,048, rates of a to d and cross-entropy with labels of 0.9, in WGAN-div's D
-    batch norm, which mixes the slopes of a batch's samples.
+    public code's: a tenfold penalty in a to d, Adam's (0.5, 0.999), five D steps; in DCGAN and
+    SNGAN batches of 2,048, rates of a to d and cross-entropy with labels of 0.9; in WGAN-div slopes
+    at the images and batch norm in D, which mixes the slopes of a batch's samples.
  7. 60,000 steps. The paper's 10,000 epochs are `--total-steps 1874000` for a to d and SNGAN,
-    2342500 for WGAN-div, 4680000 for DCGAN. Every update draws fresh noise, and an epoch leaves
-    its last incomplete batch out.
+    2342500 for WGAN-div, 4680000 for DCGAN; by the recipe `author` 58000 for DCGAN and SNGAN,
+    1874000 for the others. Every update draws fresh noise; an epoch drops its last, partial batch.
  8. Ours: mixed precision on CUDA (D's update by the divergence is in fp32), `--ema-decay`.
  9. FID is of 10,000 distinct samples against all training images. The public code repeated 608
     images or fewer to 10,336 files: compare models with each other, not with the published values.
@@ -112,7 +112,7 @@ class Args:
     # Model
     model: Literal["a", "b", "c", "d", "dcgan", "wgan-div", "sngan"] = "d"
     """row of the paper's tables"""
-    recipe: Literal["paper", "author"] = "paper"  # source of what the paper leaves open
+    recipe: Literal["paper", "author"] = "paper"  # whose settings
     z_dim: int = 100  # length of the noise vector (Table 1)
     g_ch: int = 64  # base width of the generator, in channels (Table 1)
     d_ch: int = 64  # base width of the discriminator, in channels (Table 1)
@@ -198,8 +198,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    real = args.fid_real
-    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
+    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
     n, size = args.batch_size, args.img_size
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
@@ -270,7 +269,7 @@ class Attention(nn.Module):
 
 
 # ---- 4. Networks ---------------------------------------------------------------------------------
-NORMS = {  # by the last part of --g-norm and --d-norm, else none: "sn" is of the weights
+NORMS = {  # "sn+in" takes "in"; "sn" normalises weights, so like "none" it adds no layer
     "in": nn.InstanceNorm2d,  # no gains; the same in training and in eval mode
     "bn": nn.BatchNorm2d,
     "ln": partial(nn.GroupNorm, 1),  # over (C, H, W); gains per channel
@@ -371,8 +370,7 @@ def open_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -408,7 +406,7 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
         dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
-    if len(labels) < args.batch_size:
+    if args.mode == "train" and len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content = zlib.crc32(repr([file[:2] for file in files]).encode())
     times = zlib.crc32(repr(files).encode())
@@ -474,9 +472,9 @@ def run_folder(args: Args) -> Path:
 # differs from giu_gan.py: mode sample takes its flags from the first of --runs
 def find_checkpoint(args: Args) -> Path:
     """Return --checkpoint or the run's best.pt or checkpoint.pt; training prefers the latter."""
-    if args.mode == "sample" and args.runs:
-        return Path(args.runs[0], "checkpoint.pt")
-    best, last = run_folder(args) / "best.pt", run_folder(args) / "checkpoint.pt"
+    compared = args.mode == "sample" and args.runs
+    folder = Path(args.runs[0]).expanduser() if compared else run_folder(args)
+    best, last = folder / "best.pt", folder / "checkpoint.pt"
     if args.checkpoint and not (args.mode == "train" and last.exists()):
         return Path(args.checkpoint).expanduser()
     return best if best.exists() and args.mode != "train" else last
@@ -671,21 +669,25 @@ def sample(args: Args) -> None:
 
 def compare_runs(args: Args) -> None:
     """Draw a grid of real images, then one of each run from equal noise (Figures 2 and 3)."""
-    device, columns = setup(args)[0], []
-    for folder in map(Path, args.runs):
-        best = folder / "best.pt"
-        path = best if best.exists() else folder / "checkpoint.pt"
+    device, columns = setup(args)[0], {}
+    for name in args.runs:
+        path = find_checkpoint(replace(args, runs=(name,), checkpoint=""))
         run = Args(**torch.load(path, "cpu", weights_only=True)["args"])
         nets, G = build(run, device)
         print(f"{path}: step {load(path, nets)['step']}")
-        columns += [generate(G, eval_noise(run, args.num_samples)).cpu()]
+        columns[name] = generate(G, eval_noise(run, args.num_samples)).cpu()
     run = replace(run, data_dir=args.data_dir, cache_dir=args.cache_dir)
-    real = load_images(run, device, run.channels)[0][: args.num_samples].cpu()
-    grids = [make_grid(x[: len(real)] / 255, math.isqrt(len(real))) for x in [real, *columns]]
+    try:
+        real = load_images(run, device, run.channels)[0][: args.num_samples].cpu()
+        columns = {"real": real} | columns
+    except (OSError, ValueError) as error:
+        print(f"no real images: {error}")
+    count = min(map(len, columns.values()))
+    grids = [make_grid(x[:count] / 255, math.isqrt(count)) for x in columns.values()]
     path = Path(args.out_dir).expanduser() / f"{Path(__file__).stem}__{run.dataset}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_image(grids, path, nrow=len(grids), padding=8, pad_value=1)
-    print(f"{path}: real, {', '.join(args.runs)}")
+    print(f"{path}: {', '.join(columns)}")
 
 
 # ---- 9. Training ---------------------------------------------------------------------------------
@@ -718,8 +720,8 @@ def train(args: Args) -> dict[str, float]:
             else:
                 with amp:
                     real_logits, fake_logits = D(real).float(), D(fake).float()
-            d_loss = d_real(real_logits).mean() + d_fake(fake_logits).mean() + penalty
-            update(d_opt, D, d_loss, scaler)
+            d_loss = d_real(real_logits).mean() + d_fake(fake_logits).mean()
+            update(d_opt, D, d_loss + penalty, scaler)
         with amp:
             g_loss = g_fake(D(G(draw(torch.randn, noise, n, args.z_dim))).float()).mean()
         update(g_opt, G, g_loss, scaler)

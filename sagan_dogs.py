@@ -110,16 +110,16 @@ class Args:
     hflip: bool = False  # mirror half of the training images, drawn anew each time
     boxes: Literal["all", "first"] = "all"  # boxes of an image of Stanford Dogs that are cropped
     # Model
-    attention: Literal["full", "none", "no-g", "no-d"] = "full"  # nets with it; no-g: D alone
+    attention: Literal["full", "none", "no-g", "no-d"] = "full"  # nets that have it; no-g: only D
     attn_g: tuple[int, ...] = (16, 32)  # sides of G's maps with attention: its last two
     attn_d: tuple[int, ...] = (8, 4)  # sides of D's maps with attention: its last two
     z_dim: int = 128  # length of the noise vector
     g_ch: int = 64  # base width of the generator, in channels
     d_ch: int = 64  # base width of the discriminator, in channels
     # Optimisation
-    recipe: Literal["dcgan", "sagan"] = "dcgan"  # source of what the paper leaves open
+    recipe: Literal["dcgan", "sagan"] = "dcgan"  # whose settings
     init: Literal["normal", "xavier"] = "normal"  # initial weights: N(0, 0.02), or Xavier's uniform
-    spectral_norm: Literal["d", "both", "none"] = "d"  # networks with it, then on every layer
+    spectral_norm: Literal["d", "both", "none"] = "d"  # networks that have it, on all layers
     loss: Literal["ns", "minimax", "hinge"] = "ns"  # adversarial loss
     batch_size: int = 64  # images per update, shared out over the processes
     n_critic: int = 1  # discriminator updates per generator update
@@ -176,8 +176,7 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    real = args.fid_real
-    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
+    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
     n, size = args.batch_size, args.img_size
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
@@ -193,7 +192,9 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     crop = not args.crop or args.dataset != "stanford-dogs"
     yield crop, f"--crop must be 0 for Stanford Dogs, cropped to its boxes, got {args.crop}"
     rule = not args.early_stop or (args.eval_every > 0 and WORLD == 1)
-    yield rule, "--early-stop must go with an --eval-every above 0 and one process"
+    yield rule, f"--early-stop must have --eval-every and 1 process, got {args.eval_every}, {WORLD}"
+    inside = all(0 <= place < 64 for pair in args.query for place in pair)
+    yield inside, f"--query must be places from 0 to 63, got {args.query}"
 
 
 # ---- 3. Layers -----------------------------------------------------------------------------------
@@ -337,8 +338,7 @@ def open_image(path: Path) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -409,7 +409,7 @@ def load_images(args: Args, device: torch.device, channels: int = 3) -> tuple[Te
         dist.barrier()  # until rank 0 has decoded
     read, labels, files = open_dataset(args)
     shape = len(labels), channels, args.img_size, args.img_size
-    if len(labels) < args.batch_size:
+    if args.mode == "train" and len(labels) < args.batch_size:
         raise ValueError(f"--batch-size must be at most {len(labels)}, the number of images")
     content = zlib.crc32(repr([file[:2] for file in files]).encode())
     times = zlib.crc32(repr(files).encode())
@@ -689,7 +689,7 @@ def draw_attention(G: nn.Sequential, z: Tensor, query: tuple) -> Tensor:
     """Return the cells of Figure 2: for each image and block a row, the image and its queries.
 
     z (N, z_dim); query: Q places y, x in 64ths of the side -> (N * blocks * (1 + Q), 3, 128, 128)
-    in [0, 1], no cells without attention. The brighter a place, the more the red dot takes of it.
+    in [0, 1]. The brighter a place, the more the red dot takes of it.
     """
     images = F.interpolate(generate(G, z).cpu() / 255, 128)
     cells, maps = [], z.to(next(G.parameters()).device)
@@ -727,7 +727,7 @@ def sample(args: Args) -> None:
 
 
 def compare_milestones(args: Args) -> None:
-    """Draw samples of --runs from equal noise, a row a run, at the milestones they all kept."""
+    """Draw samples of --runs from equal noise, one row per run, at milestones they all kept."""
     runs, device = [Path(run).expanduser() for run in args.runs], torch.device("cpu")
     names = set.intersection(*({path.name for path in run.glob("step-*.pt")} for run in runs))
     if not names:

@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are the CPU's; one takes the first GPU back
 os.environ["TORCH_HOME"] = str(ROOT / "tests" / "no-weights-here")  # never a cached download
 SCRIPTS = ["giu_gan", "sagan_div", "sagan_dogs", "gca_gan", "an_gan", "an_inpaint"]
 

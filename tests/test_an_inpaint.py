@@ -494,10 +494,11 @@ def test_two_phases_their_best_checkpoints_and_pictures(call, monkeypatch, tiny)
     assert torch.equal(critics[0], start) and not torch.equal(critics[1], start)
     code, _, err = call("an_inpaint", *flags, "--mode", "evaluate", "--eval-mask", "stroke")
     assert code == 0 and json.loads((run / "evaluate.json").read_text())["step"] == 3, err
-    code, _, err = call("an_inpaint", "--mode", "sample", "--runs", str(run), str(run))  # its size
+    moved = str(run.rename("moved"))
+    code, _, err = call("an_inpaint", "--mode", "sample", "--runs", moved, moved)  # its size
     assert code == 0, err
     assert Image.open("runs/an_inpaint__folder.png").size == (4 * 32 + 4, 2 * 34 + 2)
-    assert Image.open(run / "layouts.png").size == (16 * 34 + 2, 2 * 34 + 2)
+    assert Image.open("moved/layouts.png").size == (16 * 34 + 2, 2 * 34 + 2)
     assert an_inpaint.find_checkpoint(Args(runs=("a",))).name == "checkpoint.pt"  # to train on
 
 

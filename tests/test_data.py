@@ -123,6 +123,7 @@ def test_too_few_and_unreadable_images_are_named_and_nothing_half_done_stays(tre
     flags = "--dataset folder --data-dir tree --eval-every 0 --batch-size".split()
     code, _, err = call("giu_gan", *flags, "8")
     assert code == 2 and err.splitlines()[-1].startswith("error: --batch-size must be at most 4")
+    assert len(load(mode="evaluate", batch_size=8, cache_dir="c")[0]) == 4  # enough to score with
     whole = (tree / "a" / "wide.PNG").read_bytes()
     (tree / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
     code, _, err = call("giu_gan", *flags, "2")

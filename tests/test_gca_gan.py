@@ -243,16 +243,6 @@ def test_gcn_starts_with_a_residual_that_counts():
     assert net.ratio < 0.002  # N(0, 0.02), DCGAN's start, would leave it idle
 
 
-def test_losses_in_closed_form():
-    s = torch.tensor([-1.5, 0.0, 0.4, 3.0], dtype=torch.float64)
-    real, fake = (torch.log(1 + torch.exp(sign * s)) for sign in (-1, 1))
-    bce = real, fake, real  # G maximises log D(G(z)), it does not minimise log(1 - D)
-    hinge = (1 - s).clamp_min(0), (1 + s).clamp_min(0), -s
-    for name, values in (("bce", bce), ("hinge", hinge)):
-        for function, value in zip(gca_gan.ADVERSARIAL[name], values, strict=True):
-            torch.testing.assert_close(function(s), value)
-
-
 # ---- Command line --------------------------------------------------------------------------------
 def test_a_row_brings_its_settings_and_flags_win(recwarn):
     keys = ("loss", "z_dim", "batch_size", "g_lr", "d_lr", "beta1", "beta2", "total_steps")
@@ -352,14 +342,16 @@ def test_table_joins_seeds_and_keeps_rows_and_data_sets_apart(tmp_path):
     fids, runs, paths = [*fids, ("celeba", 100, 50)], [], []
     for seed, (dataset, step, value) in enumerate(fids):  # all but 100 are the rows' own lengths
         (folder := tmp_path / str(seed)).mkdir()
-        about = {"step": step, "fid": value, "weights": "random"}
+        about = {"step": step, "fid": value, "weights": "random", "n_fake": seed // 3 + 9}
         (folder / "evaluate.json").write_text(json.dumps(about))
         paths.append(folder / "checkpoint.pt")
         runs.append(Args(dataset=dataset, seed=seed, gca_k=8 if step > 100 else 4))
     lines = gca_gan.table(runs, paths).splitlines()
     rows = ["dcgan-none", "dcgan-nl", "dcgan-gca", "sagan-nl", "sagan-gca", "dcgan-gca-k-4"]
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {row}" for row in rows]
-    assert "| celeba, random features | lsun-church, random features | celeba, step 100" in lines[0]
+    heads = [f"celeba{x}, random features, {n} images" for x, n in (("", 9), (", step 100", 10))]
+    heads.insert(1, "lsun-church, random features, 10 images")
+    assert lines[0].endswith(f" | {' | '.join(heads)} |")
     assert lines[4] == "| dcgan-gca | 25.75 | 22.15 | 33.00 ± 3.61 (3) | 41.50 | not run |"
     assert lines[7] == "| dcgan-gca-k-4 | not run | not run | not run | not run | 50.00 |"
 
@@ -543,6 +535,7 @@ def test_samples_scores_and_figures_of_one_photograph(photo, command):
     assert scores["sifid"] > 0 and scores["diversity"] > 0 and scores["dims"] == 64
     out = command("--mode", "sample", "--runs", none, gca)
     assert out.count("SIFID") == 2 and out.count("no SIFID of this step") == 1
+    assert "64 features, random" in out
     assert Image.open(none / "pairs.png").size == (5 * 38 + 2, 2 * 26 + 2)
     assert Image.open(none / "stages.png").size == (4 * 38 + 2, 2 * 26 + 2)
 

@@ -1,5 +1,6 @@
 """giu_gan.py: layers against loops, counts of every table row, losses, pictures."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import assert_close, restated, state
 
+import gca_gan
 import giu_gan
 from giu_gan import GIU, Args, Discriminator, Generator, RepresentativeBatchNorm2d, involution
 
@@ -128,14 +130,11 @@ def naive_involution(x, kernel):
     n, channels, height, width = x.shape
     groups, size = kernel.shape[1], math.isqrt(kernel.shape[2])
     out, r = torch.zeros_like(x), size // 2
-    for c in range(channels):
-        for i in range(height):
-            for j in range(width):
-                for u in range(-r, r + 1):
-                    for v in range(-r, r + 1):
-                        if 0 <= i + u < height and 0 <= j + v < width:
-                            tap = kernel[:, c * groups // channels, (u + r) * size + v + r, i, j]
-                            out[:, c, i, j] += tap * x[:, c, i + u, j + v]
+    for c, i, j in itertools.product(range(channels), range(height), range(width)):
+        for u, v in itertools.product(range(-r, r + 1), repeat=2):
+            if 0 <= i + u < height and 0 <= j + v < width:
+                tap = kernel[:, c * groups // channels, (u + r) * size + v + r, i, j]
+                out[:, c, i, j] += tap * x[:, c, i + u, j + v]
     return out
 
 
@@ -260,7 +259,7 @@ def test_losses_in_closed_form():
         "least-squares": ((s - 1) ** 2 / 2, s**2 / 2, (s - 1) ** 2 / 2),
     }
     assert giu_gan.ADVERSARIAL.keys() == expected.keys()
-    for name, functions in giu_gan.ADVERSARIAL.items():
+    for name, functions in [*giu_gan.ADVERSARIAL.items(), *gca_gan.ADVERSARIAL.items()]:
         for function, values in zip(functions, expected[name]):
             torch.testing.assert_close(function(s), values)
     assert giu_gan.LOSS == {

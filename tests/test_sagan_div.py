@@ -386,10 +386,12 @@ def test_training_changes_every_weight_and_logs_the_penalty(model, few, monkeypa
     divergence = model in [*"abcd", "wgan-div"]
     assert all(math.isfinite(value) for values in logged for value in values.values())
     assert (logged[-1]["loss/penalty"] > 0) == (logged[-1]["slope/max"] > 0) == divergence
+    gaps = [abs(v["logit/fake"] - v["logit/real"] - v["loss/d"]) for v in logged]
+    assert max(gaps) < 1e-5 or not divergence  # the critic's alone, as in the other scripts
     assert ("gamma/3" in logged[-1]) == (model in "abcd")
 
 
-def test_figures_2_and_3_from_run_folders(few, capsys):
+def test_figures_2_and_3_from_run_folders(few, capsys, monkeypatch):
     """Real images, then those of each run from equal noise; best.pt where there is one."""
     folders, wanted = [], []
     for model in "ad":
@@ -399,10 +401,13 @@ def test_figures_2_and_3_from_run_folders(few, capsys):
         nets, G = sagan_div.build(args, torch.device("cpu"))
         sagan_div.load(folders[-1] / "checkpoint.pt", nets)
         wanted.append(sagan_div.generate(G, sagan_div.eval_noise(args, 4)))
-    os.rename(folders[0] / "checkpoint.pt", folders[0] / "best.pt")
-    (folders[0] / "checkpoint.pt").write_bytes((folders[1] / "checkpoint.pt").read_bytes())
-    sagan_div.sample(quick(f"--mode sample --out-dir else/new --runs {folders[0]} {folders[1]}"))
-    assert f"real, {folders[0]}, {folders[1]}" in capsys.readouterr().out
+    os.rename(folders[0] / "checkpoint.pt", folders[0] / "best.pt")  # alone, then beside another
+    for _ in range(2):
+        args = quick(f"--mode sample --out-dir else/new --runs {folders[0]} {folders[1]}")
+        assert args.data_dir == "d"
+        sagan_div.sample(args)
+        assert f"real, {folders[0]}, {folders[1]}" in capsys.readouterr().out
+        (folders[0] / "checkpoint.pt").write_bytes((folders[1] / "checkpoint.pt").read_bytes())
     assert not Path("data").exists()
     with Image.open("else/new/sagan_div__shapes.png") as image:
         found = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -411,6 +416,10 @@ def test_figures_2_and_3_from_run_folders(few, capsys):
     for left, grid in zip((8, 86, 164), [images, *wanted]):
         for (y, x), image in zip([(10, 2), (10, 36), (44, 2), (44, 36)], grid):
             assert torch.equal(found[:, y : y + 32, left + x : left + x + 32], image)
+    monkeypatch.setattr(sagan_div, "open_dataset", lambda args: Path("no data").stat())
+    sagan_div.sample(args)
+    assert "no real images: [Errno 2]" in capsys.readouterr().out
+    assert Image.open("else/new/sagan_div__shapes.png").size == (164, 86)
 
 
 def test_training_is_the_algorithm(call, tiny):

@@ -411,8 +411,8 @@ def test_what_cannot_be_read_is_named(dogs, xml, call):
     ("--crop 32", "--crop must be 0 for Stanford Dogs, cropped to its boxes, got 32"),
     ("--attn-g 64", "--attn-g must be of [4, 8, 16, 32], got [64]"),
     ("--img-size 32 --attn-d 32", "--attn-d must be of [4, 8, 16], got [32]"),
-    ("--early-stop --eval-every 0",
-     "--early-stop must go with an --eval-every above 0 and one process"),
+    ("--early-stop --eval-every 0", "--early-stop must have --eval-every and 1 process, got 0, 1"),
+    ("--query 10 64", "--query must be places from 0 to 63, got ((10, 64),)"),
     ("--data-dir nothing --eval-every 0",
      "--data-dir must hold Images and Annotation, got nothing: extract images.tar and "
      "annotation.tar of http://vision.stanford.edu/aditya86/ImageNetDogs"),
