@@ -28,7 +28,8 @@ Differences from the paper
  6. So the layout is nearly uniform at first (entropy above 0.999 of ln n): AN starts as plain
     instance norm. `an/entropy_g` in the log shows whether it leaves that state.
  7. Not stated: Xavier-uniform weights, one D step, no mirroring, no average of the weights. SN-GAN
-    and AC-GAN have the rates and the five D steps of SNGAN-projection, but not its decay.
+    and AC-GAN have the rates and the five D steps of SNGAN-projection, but not its decay. AC-GAN's
+    D learns classes from real images only; in its own paper from generated ones, too.
  8. Labels of generated images are as frequent as in the data. Before images are drawn, batch norm's
     statistics are re-estimated without self-sampling.
  9. Data sets other than ImageNet are ours: 32x32, batch 64, 100,000 steps, both rates 2e-4,
@@ -98,7 +99,7 @@ class Args:
     fid_real: int = 0  # real images of an evaluation, spread over the data set; 0: all
     fid_weights: str = "auto"  # Inception weights: auto (download), a path, or random (for tests)
     intra_num: int = 0  # generated images of each class for the intra-FID of evaluate; 0: none
-    classes: tuple[int, ...] = ()  # classes of intra-FID (empty: all) and pictures (empty: 10)
+    classes: tuple[int, ...] = ()  # classes of intra-FID (empty: all), pictures (empty: first 10)
     # Data: from here on the flags of a checkpoint hold
     seed: int = 1  # seed of the weights, the noise and the order of the data
     dataset: Literal["imagenet", "cifar10", "folder", "shapes"] = "imagenet"
@@ -178,7 +179,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
+    real = args.fid_real
+    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
     n, size, entities, intra = args.batch_size, args.img_size, args.entities, args.intra_num
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)

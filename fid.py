@@ -477,7 +477,7 @@ def main() -> None:
         if args.save and (args.save.suffix != ".npz" or args.save.exists()):
             raise ValueError(f"--save must name a new .npz file, got {args.save}")
         result = compare_images(args) if args.sifid else compare_folders(args)
-    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # of a CPU build: no CUDA
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last: no CUDA build
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     print(json.dumps(result, indent=None if args.json else 2))

@@ -209,14 +209,14 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
     n, size, k, training = args.batch_size, args.img_size, args.gca_k, args.mode == "train"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     agree = (args.model == "consingan") == (args.dataset == "image") == (args.image != "")
     got = f"{args.model}, {args.dataset}, {args.image or 'no image'}"
     together = agree or not training
     yield together, f"--model consingan, --dataset image, --image must go together, got {got}"
-    path, folder = find_checkpoint(args), run_folder(args)
+    path, folder, real = find_checkpoint(args), run_folder(args), args.fid_real
+    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
     one = WORLD == 1 or (training and not args.photo)
     yield one, f"--mode {args.mode} of --model {args.model} must have 1 process, got {WORLD}"
     there = path.exists() or bool(args.runs) or (training and not args.checkpoint)
@@ -998,7 +998,7 @@ def sample(args: Args) -> None:
     if args.runs:
         paths = [Path(run, "checkpoint.pt").expanduser() for run in args.runs]
         runs = [Args(**load(path, {})["args"]) for path in paths]
-        runs[0] = replace(runs[0], data_dir=args.data_dir, cache_dir=args.cache_dir)
+        runs[0] = replace(runs[0], mode=args.mode, data_dir=args.data_dir, cache_dir=args.cache_dir)
         if len({run.photo for run in runs}) > 1:
             raise ValueError("--runs must be all of ConSinGAN or all of other models")
         return (compare_photos if runs[0].photo else compare_models)(runs, paths, device)

@@ -171,7 +171,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
+    real = args.fid_real
+    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"

@@ -112,7 +112,7 @@ class Args:
     # Model
     model: Literal["a", "b", "c", "d", "dcgan", "wgan-div", "sngan"] = "d"
     """row of the paper's tables"""
-    recipe: Literal["paper", "author"] = "paper"  # whose settings
+    recipe: Literal["paper", "author"] = "paper"  # whose settings are the defaults
     z_dim: int = 100  # length of the noise vector (Table 1)
     g_ch: int = 64  # base width of the generator, in channels (Table 1)
     d_ch: int = 64  # base width of the discriminator, in channels (Table 1)
@@ -198,8 +198,8 @@ def check_args(args: Args) -> Iterator[tuple[bool, str]]:
     yield cuda, "--device must be cpu where PyTorch finds no GPU, got cuda"
     yield 0 <= args.seed < 2**32, f"--seed must be from 0 to 2**32 - 1, got {args.seed}"
     yield args.fid_num >= 10, f"--fid-num must be at least 10, got {args.fid_num}"
-    yield 1 != args.fid_real >= 0, f"--fid-real must be 0 or at least 2, got {args.fid_real}"
-    n, size = args.batch_size, args.img_size
+    n, size, real = args.batch_size, args.img_size, args.fid_real
+    yield real == 0 or real > 1, f"--fid-real must be 0 or at least 2, got {real}"
     yield n > 0 and n % WORLD == 0, f"--batch-size must be a multiple of {WORLD}, got {n}"
     training, path, folder = args.mode == "train", find_checkpoint(args), run_folder(args)
     yield training or WORLD == 1, f"--mode {args.mode} must have 1 process, got {WORLD}"
@@ -676,7 +676,7 @@ def compare_runs(args: Args) -> None:
         nets, G = build(run, device)
         print(f"{path}: step {load(path, nets)['step']}")
         columns[name] = generate(G, eval_noise(run, args.num_samples)).cpu()
-    run = replace(run, data_dir=args.data_dir, cache_dir=args.cache_dir)
+    run = replace(run, mode=args.mode, data_dir=args.data_dir, cache_dir=args.cache_dir)
     try:
         real = load_images(run, device, run.channels)[0][: args.num_samples].cpu()
         columns = {"real": real} | columns

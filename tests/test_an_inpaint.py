@@ -495,6 +495,7 @@ def test_two_phases_their_best_checkpoints_and_pictures(call, monkeypatch, tiny)
     code, _, err = call("an_inpaint", *flags, "--mode", "evaluate", "--eval-mask", "stroke")
     assert code == 0 and json.loads((run / "evaluate.json").read_text())["step"] == 3, err
     moved = str(run.rename("moved"))
+    Path("runs").rmdir()
     code, _, err = call("an_inpaint", "--mode", "sample", "--runs", moved, moved)  # its size
     assert code == 0, err
     assert Image.open("runs/an_inpaint__folder.png").size == (4 * 32 + 4, 2 * 34 + 2)
